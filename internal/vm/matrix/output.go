@@ -1,0 +1,128 @@
+package main
+
+import (
+	"bytes"
+	"regexp"
+	"strings"
+)
+
+// A test is one test or subtest, in one package on one guest.
+type test struct {
+	name   string
+	result string // "PASS", "FAIL", "SKIP", or "" while it runs
+	log    []string
+}
+
+// An output reads what a test binary prints with -test.v=test2json, where
+// lines of the framework's own begin with a control character.
+type output struct {
+	tests   []*test
+	byName  map[string]*test
+	current *test
+	last    []string // lines, whosever they are
+	partial []byte
+}
+
+const (
+	marker    = 0x16 // begins a line of the framework
+	lastLines = 60   // is how many are kept
+)
+
+func (o *output) Write(p []byte) (int, error) {
+	o.partial = append(o.partial, p...)
+	for {
+		line, rest, ok := bytes.Cut(o.partial, []byte("\n"))
+		if !ok {
+			return len(p), nil
+		}
+		o.line(strings.TrimRight(string(line), "\r"))
+		o.partial = rest
+	}
+}
+
+func (o *output) line(line string) {
+	if o.last = append(o.last, strings.ReplaceAll(line, string(rune(marker)), "")); len(o.last) > lastLines {
+		o.last = o.last[1:]
+	}
+	// What a test printed without a line end stands before the marker.
+	text, event, ok := strings.Cut(line, string(rune(marker)))
+	if text != "" && o.current != nil {
+		o.current.log = append(o.current.log, text)
+	}
+	if !ok {
+		return
+	}
+	event = strings.TrimLeft(event, " ")
+	kind, rest, _ := strings.Cut(event, " ")
+	word, rest, _ := strings.Cut(strings.TrimLeft(rest, " "), " ")
+	name, _, _ := strings.Cut(strings.TrimLeft(rest, " "), " ")
+	switch kind {
+	case "===":
+		switch word {
+		case "RUN", "CONT", "NAME":
+			o.current = o.test(name)
+		}
+	case "---":
+		result := strings.TrimSuffix(word, ":")
+		switch result {
+		case "PASS", "FAIL", "SKIP":
+			t := o.test(name)
+			t.result = result
+			o.current = t // what it logged may follow
+		}
+	}
+}
+
+func (o *output) test(name string) *test {
+	if name == "" {
+		return nil // "=== NAME" on its own: output of no test
+	}
+	t := o.byName[name]
+	if t == nil {
+		t = &test{name: name}
+		if o.byName == nil {
+			o.byName = make(map[string]*test)
+		}
+		o.byName[name] = t
+		o.tests = append(o.tests, t)
+	}
+	return t
+}
+
+// finish judges the program's end: one that did not succeed although no test
+// failed has failed in the test that ran last, or as a whole.
+func (o *output) finish(failed bool, reason string) {
+	if len(o.partial) > 0 {
+		o.line(string(o.partial))
+		o.partial = nil
+	}
+	for _, t := range o.tests {
+		if t.result == "FAIL" {
+			failed = false
+		}
+	}
+	if !failed {
+		return
+	}
+	t := o.current
+	if t == nil || t.result != "" {
+		t = o.test("(program)")
+		t.log = o.last
+	}
+	t.result = "FAIL"
+	t.log = append(t.log, reason)
+}
+
+// position is the place in the source at the beginning of what a test logs.
+var position = regexp.MustCompile(`^\s*\S+\.go:\d+: `)
+
+// reason is why a test was skipped: the last it logged.
+func (t *test) reason() string {
+	for i := len(t.log) - 1; i >= 0; i-- {
+		line := t.log[i]
+		if position.MatchString(line) {
+			return strings.TrimSpace(position.ReplaceAllString(line, ""))
+		}
+	}
+	return "no reason given"
+}

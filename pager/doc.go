@@ -1,0 +1,67 @@
+// Package pager serves the page faults of other processes from a source.
+//
+// A [Client] is a userfaultfd, mostly received from the process that opened it,
+// with the regions of memory behind it. Whatever is touched in a region is read
+// from the region's [source.Source] and installed:
+//
+//	image, err := source.OpenFile("memory.img")
+//	...
+//	var p pager.Pager
+//	c, err := p.Attach(file, pager.Region{Range: memory, Source: image})
+//	...
+//	err = c.Serve(ctx) // until the process is gone
+//
+// One Pager has any number of clients, each with a Serve of its own; none holds
+// up another. The memory is registered by whoever opened the userfaultfd, or
+// with [uffd.File.Register] by whoever calls Attach: for missing pages, also for
+// minor faults if the region has Memory, also for write protection if it has
+// BeforeWrite.
+//
+// # What a page holds
+//
+// A page that is touched for the first time gets the bytes of the source; those
+// behind the source's end are zeros. After the process discarded a page
+// (MADV_DONTNEED, MADV_REMOVE, MADV_FREE) it reads zeros, like any memory. Memory
+// that moves (mremap) takes its contents along, and a child (fork) has what its
+// parent has. For that the userfaultfd needs [Events], the features that
+// announce it; what a process does without them goes unnoticed. On shared memory
+// the kernel does not tell MADV_DONTNEED from MADV_REMOVE: a page that is
+// discarded before it was ever touched reads zeros after either. Parent and
+// child do not learn what the other one discards in memory that they share.
+//
+// The kernel announces that memory was moved or unmapped after the fact. If
+// another thread has moved memory to the same address meanwhile, the events can
+// come in the wrong order, and the pager takes the one for the other. A process
+// whose threads do that must not reuse addresses at once.
+//
+// # Sources that wait
+//
+// Bytes in memory (see [source.Borrower]) go straight from there to the
+// process, at once and without allocation. All other sources are read by worker
+// goroutines, so that a read that takes seconds delays its own page only, as
+// long as fewer than Workers of them are under way in one client.
+//
+// # Sources that fail
+//
+// A read that fails is tried again for a while. Then the page is poisoned, which
+// means SIGBUS for whoever touches it, or, where the kernel is older than Linux
+// 6.6, the thread is left waiting; either is reported as a [*PageError]. There are
+// no zeros in place of data, unless [Pager.OnFailure] says so. A panic in a
+// source is a failed read.
+//
+// # Who holds the descriptor
+//
+// When the last descriptor of a userfaultfd is closed, missing memory silently
+// reads as zeros. So let the process itself, or one that outlives the pager, keep
+// a duplicate: when the pager dies, threads that touch missing memory wait then.
+// Neither Serve nor Close closes the File that Attach was given; those of forked
+// children, which nobody else has, are the pager's.
+//
+// Between two calls of Serve a Client knows what its pages hold. A new Client, in
+// another process say, does not: it takes every page that is missing for one
+// that was never touched, and gives it the bytes of the source even if it was
+// discarded. Events that a pager has read are lost with it. So memory whose
+// pages are discarded, moved or forked cannot be taken over after a crash;
+// memory that is only read and written can, after a [uffd.File.Wake] for the
+// faults that the dead pager had read.
+package pager

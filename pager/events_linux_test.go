@@ -1,0 +1,479 @@
+package pager_test
+
+import (
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/go-uffd/uffd"
+	"github.com/go-uffd/uffd/internal/uffdtest"
+	"github.com/go-uffd/uffd/pager"
+	"github.com/go-uffd/uffd/source"
+)
+
+// Discarded pages read zeros, whether they were there before or not, and not the
+// contents of the source.
+func TestRemovedReadsZeros(t *testing.T) {
+	for _, kind := range []uffdtest.Kind{uffdtest.Anon, uffdtest.Shmem, uffdtest.HugetlbPrivate} {
+		t.Run(kind.String(), func(t *testing.T) {
+			if kind.Huge() {
+				uffdtest.LockSettings(t).HugePages(5)
+			}
+			proc := uffdtest.Start(t)
+			mem, f := mapped(t, proc, kind, 4)
+			s := serve(t, proc, f, &pager.Pager{FaultAround: 1}, region(mem, source.FromBytes(image(kind, 4))))
+			s.holds(t, mem, 0, 1)
+			advice := unix.MADV_DONTNEED
+			if kind.Shared() {
+				advice = unix.MADV_REMOVE
+			}
+			discarded := uffd.Range{Start: mem.Start, Len: 2 * mem.Page(0).Len} // one touched, one not
+			s.Madvise(discarded, advice).Value()
+			for i, b := range []byte{0, 0, 3, 4} {
+				s.holds(t, mem, i, b)
+			}
+			s.Fill(mem.Page(0), 9).Value()
+			s.holds(t, mem, 0, 9)
+			s.Madvise(mem.Range, advice).Value()
+			for i := range 4 {
+				s.holds(t, mem, i, 0)
+			}
+			s.noErrors(t)
+		})
+	}
+}
+
+// A fault that was read before the REMOVE of its page is not filled with what the
+// page had: while the source is read, the page is discarded.
+func TestRemoveOvertakesRead(t *testing.T) {
+	proc := uffdtest.Start(t)
+	mem, f := mapped(t, proc, uffdtest.Anon, 2)
+	gate := make(chan struct{})
+	s := serve(t, proc, f, &pager.Pager{FaultAround: 1}, region(mem, slow{
+		source.FromBytes(image(uffdtest.Anon, 2)), map[int64]chan struct{}{0: gate}}))
+	load := s.Load(mem.Start)
+	eventually(t, "the source is read", func() bool { return s.client.Stats().Reads == 1 })
+	s.Madvise(mem.Page(0), unix.MADV_DONTNEED).Value() // does not wait for the worker
+	if b := load.Value(); b != 0 {
+		t.Errorf("loaded %d, want 0", b)
+	}
+	close(gate)
+	s.holds(t, mem, 1, 2)
+	s.holds(t, mem, 0, 0)
+	if n := s.client.Stats().Discarded; n != 1 {
+		t.Errorf("%d pages discarded, want 1", n)
+	}
+}
+
+// Fills that the kernel refuses because an event is under way are done after it.
+// Threads load pages while others discard their neighbours.
+func TestRemoveRace(t *testing.T) {
+	const pages, rounds = 8, 300
+	seed := rand.Uint64()
+	t.Logf("seed %d", seed)
+	random := rand.New(rand.NewPCG(seed, 0))
+	for _, from := range []string{"lent", "read"} {
+		t.Run(from, func(t *testing.T) {
+			proc := uffdtest.Start(t)
+			mem, f := mapped(t, proc, uffdtest.Anon, pages)
+			var contents source.Source = source.FromBytes(image(uffdtest.Anon, pages))
+			if from == "read" {
+				contents = slow{contents, nil}
+			}
+			s := serve(t, proc, f, &pager.Pager{FaultAround: 1}, region(mem, contents))
+			discarded := make([]bool, pages)
+			for range rounds {
+				i, j := random.IntN(pages), random.IntN(pages)
+				load, remove := s.Load(mem.Page(i).Start), s.Madvise(mem.Page(j), unix.MADV_DONTNEED)
+				b := load.Value()
+				remove.Value()
+				want := byte(i + 1)
+				if discarded[i] {
+					want = 0
+				}
+				if byte(b) != want && (i != j || b != 0) {
+					t.Fatalf("page %d: loaded %d, want %d; page %d was being discarded", i, b, want, j)
+				}
+				discarded[j] = true
+				s.holds(t, mem, j, 0)
+			}
+			s.noErrors(t)
+		})
+	}
+}
+
+// Memory that is moved takes its contents and its history along; what stays
+// behind with MREMAP_DONTUNMAP reads zeros.
+func TestRemap(t *testing.T) {
+	for _, test := range []struct {
+		name string
+		keep bool
+	}{{"move", false}, {"dontunmap", true}} {
+		t.Run(test.name, func(t *testing.T) {
+			if test.keep {
+				uffdtest.RequireKernel(t, 5, 7, "MREMAP_DONTUNMAP")
+			}
+			proc := uffdtest.Start(t)
+			mem, f := mapped(t, proc, uffdtest.Anon, 6)
+			s := serve(t, proc, f, &pager.Pager{FaultAround: 1}, region(mem, source.FromBytes(image(uffdtest.Anon, 6))))
+			s.holds(t, mem, 0, 1)
+			s.Madvise(mem.Page(2), unix.MADV_DONTNEED).Value()
+			// Pages 1 to 4 of 0 to 5 move: 1 touched, 2 discarded, 3 and 4 missing.
+			s.holds(t, mem, 1, 2)
+			middle := uffd.Range{Start: mem.Page(1).Start, Len: 4 * mem.Page(0).Len}
+			flags := unix.MREMAP_MAYMOVE | unix.MREMAP_FIXED
+			if test.keep {
+				flags = unix.MREMAP_MAYMOVE | unix.MREMAP_DONTUNMAP
+			}
+			var target uffd.Addr
+			if !test.keep {
+				target = s.Map(uffdtest.Anon, 4).Start
+			}
+			moved := mem
+			moved.Start = uffd.Addr(s.Mremap(middle, middle.Len, flags, target).Value())
+			moved.Len = middle.Len
+			for i, b := range []byte{2, 0, 4, 5} {
+				s.holds(t, moved, i, b)
+			}
+			s.holds(t, mem, 0, 1)
+			s.holds(t, mem, 5, 6)
+			if test.keep {
+				for i := 1; i < 5; i++ {
+					s.holds(t, mem, i, 0)
+				}
+			}
+			s.noErrors(t)
+		})
+	}
+}
+
+// Memory that has grown reads zeros, in place and after a move, if the pager is
+// told so.
+func TestGrow(t *testing.T) {
+	proc := uffdtest.Start(t)
+	mem := proc.Map(uffdtest.Anon, 8)
+	proc.Munmap(uffd.Range{Start: mem.Page(2).Start, Len: 6 * uint64(pageSize)}).Value() // room
+	mem.Len = 2 * uint64(pageSize)
+	f := proc.Open(events)
+	register(t, f, mem.Range, uffd.RegisterMissing)
+	s := serve(t, proc, f, &pager.Pager{UnknownZero: true}, region(mem, source.FromBytes(image(uffdtest.Anon, 8))))
+	for _, pages := range []uint64{4, 1000} {
+		mem.Start = uffd.Addr(s.Mremap(mem.Range, pages*uint64(pageSize), unix.MREMAP_MAYMOVE, 0).Value())
+		mem.Len = pages * uint64(pageSize)
+		s.holds(t, mem, 0, 1)
+		s.holds(t, mem, 1, 2)
+		for _, i := range []int{2, 3, int(pages) - 1} {
+			s.holds(t, mem, i, 0)
+		}
+	}
+	s.noErrors(t)
+}
+
+// A fault outside of all regions is reported.
+func TestUnknownFault(t *testing.T) {
+	uffdtest.Require(t, uffd.FeaturePoison)
+	proc := uffdtest.Start(t)
+	mem, f := mapped(t, proc, uffdtest.Anon, 2)
+	known := mem
+	known.Len = uint64(pageSize)
+	s := serve(t, proc, f, new(pager.Pager), region(known, source.FromBytes(image(uffdtest.Anon, 2))))
+	if _, err := s.Load(mem.Page(1).Start).Result(); err != uffdtest.ErrSigbus {
+		t.Errorf("the access ended with %v, want a signal", err)
+	}
+	s.holds(t, mem, 0, 1)
+	eventually(t, "the fault is reported", func() bool { return len(s.reports()) == 1 })
+	var e *pager.PageError
+	if err := s.reports()[0]; !errors.As(err, &e) || e.Page != mem.Page(1) || e.Action != pager.Poison {
+		t.Errorf("reported %v", err)
+	}
+}
+
+// A thread that waits for memory which is unmapped, or mapped anew, is let go.
+func TestUnmap(t *testing.T) {
+	proc := uffdtest.Start(t)
+	mem, f := mapped(t, proc, uffdtest.Anon, 4)
+	gate := make(chan struct{})
+	s := serve(t, proc, f, &pager.Pager{FaultAround: 1}, region(mem, slow{
+		source.FromBytes(image(uffdtest.Anon, 4)), map[int64]chan struct{}{int64(pageSize): gate}}))
+	load := s.Load(mem.Page(1).Start)
+	eventually(t, "the source is read", func() bool { return s.client.Stats().Reads == 1 })
+	s.Munmap(mem.Page(1)).Value()
+	if _, err := load.Result(); err != uffdtest.ErrSigbus { // SIGSEGV in fact
+		t.Errorf("the access ended with %v, want a signal", err)
+	}
+	close(gate)
+	s.Mmap(mem.Page(1).Start, uint64(pageSize), unix.PROT_READ|unix.PROT_WRITE,
+		unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_FIXED, -1)
+	for i, b := range []byte{1, 0, 3, 4} {
+		s.holds(t, mem, i, b)
+	}
+	s.noErrors(t)
+}
+
+// Forked children have what their parent had, and everybody's descriptors are
+// closed at the end.
+func TestFork(t *testing.T) {
+	uffdtest.RequireRoot(t)
+	before := descriptors(t)
+	t.Run("", func(t *testing.T) {
+		proc := uffdtest.Start(t)
+		mem, f := mapped(t, proc, uffdtest.Anon, 5)
+		s := serve(t, proc, f, &pager.Pager{FaultAround: 1}, region(mem, source.FromBytes(image(uffdtest.Anon, 5))))
+		s.Fill(mem.Page(0), 9).Value()
+		s.Madvise(mem.Page(1), unix.MADV_DONTNEED).Value()
+		at := func(i int) uint64 { return uint64(mem.Page(i).Start) }
+		load := func(i int) uffdtest.Step { return uffdtest.Step{Op: uffdtest.StepLoad, Args: [6]uint64{at(i)}} }
+		const children = 4
+		for n := range uint64(children) {
+			child := s.Fork(load(0), load(1), load(2),
+				uffdtest.Step{Op: uffdtest.StepMadvise, Args: [6]uint64{at(2), uint64(pageSize), unix.MADV_DONTNEED}}, load(2),
+				uffdtest.Step{Op: uffdtest.StepGate}, load(3), load(4))
+			eventually(t, "the child has discarded a page", func() bool { return s.client.Stats().Removes == 2+2*n })
+			s.Madvise(mem.Page(3), unix.MADV_DONTNEED).Value() // after the fork: not the child's
+			s.OpenGate()
+			got, err := child.Result()
+			if err != nil {
+				t.Fatal(err)
+			}
+			want := []uint64{9, 0, 3, 0, 0, 0, 4, 5}
+			if n > 0 { // the fork came after it
+				want[6] = 0
+			}
+			for i := range want {
+				if op := i + 1; i != 5 && got[op] != want[i] { // the gate returns what it read
+					t.Errorf("child %d, step %d: got %d, want %d", n, i, got[op], want[i])
+				}
+			}
+		}
+		s.holds(t, mem, 2, 3)
+		s.holds(t, mem, 3, 0)
+		if n := s.client.Stats().Forks; n != children {
+			t.Errorf("%d forks, want %d", n, children)
+		}
+		s.Kill()
+		if err := s.end(t); err != nil {
+			t.Errorf("Serve = %v, want nil", err)
+		}
+		s.noErrors(t)
+	})
+	eventually(t, "all descriptors are closed", func() bool { return descriptors(t) == before })
+}
+
+func descriptors(t testing.TB) int {
+	t.Helper()
+	files, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := 0
+	for _, file := range files {
+		if name, _ := os.Readlink("/proc/self/fd/" + file.Name()); name == "anon_inode:[userfaultfd]" {
+			n++
+		}
+	}
+	return n
+}
+
+// attachMemory maps a process's shared memory here.
+func attachMemory(t testing.TB, s *uffdtest.Process, mem uffdtest.Memory) []byte {
+	t.Helper()
+	fd, err := unix.PidfdOpen(s.Pid, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	file, err := unix.PidfdGetfd(fd, mem.FD, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(file)
+	b, err := unix.Mmap(file, 0, int(mem.Len), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Munmap(b) })
+	return b
+}
+
+// Minor faults are served from shared memory that the pager fills, each page when
+// it is ready and not before.
+func TestMinor(t *testing.T) {
+	const pages = 4
+	for _, kind := range []uffdtest.Kind{uffdtest.Shmem, uffdtest.Hugetlb} {
+		t.Run(kind.String(), func(t *testing.T) {
+			uffdtest.Require(t, uffd.FeatureMinorShmem|uffd.FeatureMinorHugetlbfs)
+			if kind.Huge() {
+				uffdtest.LockSettings(t).HugePages(pages)
+			}
+			for name, contents := range sources(t, image(kind, pages)) {
+				t.Run(name, func(t *testing.T) {
+					proc := uffdtest.Start(t)
+					mem := proc.Map(kind, pages)
+					f := proc.Open(events)
+					register(t, f, mem.Range, uffd.RegisterMissing|uffd.RegisterMinor)
+					r := region(mem, contents)
+					r.Memory = attachMemory(t, proc, mem)
+					// The file has this page already, as a neighbour that came with a huge
+					// page would: it is not ready.
+					r.Memory[kind.PageSize()] = 0
+					s := serve(t, proc, f, &pager.Pager{FaultAround: 1}, r)
+					for i := range pages {
+						s.holds(t, mem, i, byte(i+1))
+					}
+					if kind == uffdtest.Shmem {
+						// Gone from the mapping, not from the file.
+						s.Fill(mem.Page(0), 9).Value()
+						s.Madvise(mem.Page(0), unix.MADV_DONTNEED).Value()
+						s.holds(t, mem, 0, 9)
+						s.Madvise(mem.Page(0), unix.MADV_REMOVE).Value()
+						s.holds(t, mem, 0, 0)
+					}
+					eventually(t, "all pages are counted as continued, and minor faults", func() bool {
+						n := s.client.Stats() // threads go on before they are counted
+						return n.Continued >= pages && n.Copied == 0 && n.Minor > 0
+					})
+					s.noErrors(t)
+				})
+			}
+		})
+	}
+}
+
+// No write goes through before BeforeWrite, also not on a page that exists
+// already, in the window between its coming and its protection.
+func TestBeforeWrite(t *testing.T) {
+	for _, kind := range []uffdtest.Kind{uffdtest.Anon, uffdtest.Shmem, uffdtest.HugetlbPrivate} {
+		t.Run(kind.String(), func(t *testing.T) {
+			uffdtest.Require(t, uffd.FeaturePagefaultFlagWP|uffd.FeatureWPHugetlbfsShmem)
+			const pages = 6
+			if kind.Huge() {
+				uffdtest.LockSettings(t).HugePages(pages + 1)
+			}
+			proc := uffdtest.Start(t)
+			mem := proc.Map(kind, pages)
+			f := proc.Open(events)
+			register(t, f, mem.Range, uffd.RegisterMissing|uffd.RegisterWP)
+			var written [pages]atomic.Int32
+			r := region(mem, source.FromBytes(image(kind, pages-1))) // the last page is zeros
+			r.BeforeWrite = func(page uffd.Range) { written[uint64(page.Start-mem.Start)/mem.Page(0).Len].Add(1) }
+			s := attach(t, proc, f, &pager.Pager{FaultAround: 1}, r)
+			// This one is there, and unprotected.
+			if _, err := f.Copy(mem.Page(4).Start, image(kind, 5)[4*kind.PageSize():], uffd.CopyDontWake); err != nil {
+				t.Fatal(err)
+			}
+			s.start(t)
+			if err := s.client.Populate(t.Context(), nil, mem.Page(4)); err != nil {
+				t.Fatal(err)
+			}
+			s.holds(t, mem, 0, 1)
+			for i := range pages {
+				if n := written[i].Load(); n != 0 {
+					t.Errorf("page %d: BeforeWrite before any write", i)
+				}
+			}
+			for _, i := range []int{0, 1, 4, 5} {
+				s.Store(mem.Page(i).Start, 77).Value()
+				if n := written[i].Load(); n != 1 {
+					t.Errorf("page %d: %d calls of BeforeWrite, want 1", i, n)
+				}
+				if b := s.Load(mem.Page(i).Start).Value(); b != 77 {
+					t.Errorf("page %d: the write is lost", i)
+				}
+				s.Store(mem.Page(i).Start, 78).Value()
+				if n := written[i].Load(); n != 1 {
+					t.Errorf("page %d: BeforeWrite called for the second write", i)
+				}
+			}
+			s.noErrors(t)
+		})
+	}
+}
+
+// Threads that wait for a page which somebody else installs without waking them
+// are woken.
+func TestExistingPageWakes(t *testing.T) {
+	proc := uffdtest.Start(t)
+	mem, f := mapped(t, proc, uffdtest.Anon, 16)
+	s := attach(t, proc, f, new(pager.Pager), region(mem, source.FromBytes(image(uffdtest.Anon, 16))))
+	load := s.Load(mem.Page(5).Start)
+	eventually(t, "the fault waits", func() bool { return waits(t, f) })
+	if _, err := f.Copy(mem.Page(5).Start, image(uffdtest.Anon, 99)[98*pageSize:], uffd.CopyDontWake); err != nil {
+		t.Fatal(err)
+	}
+	s.start(t)
+	if b := load.Value(); b != 99 {
+		t.Errorf("loaded %d, want 99", b)
+	}
+	for i := range 16 {
+		if i != 5 {
+			s.holds(t, mem, i, byte(i+1))
+		}
+	}
+	if n := s.client.Stats().Existed; n != 1 {
+		t.Errorf("%d pages existed, want 1", n)
+	}
+}
+
+// waits reports whether f has something to read.
+func waits(t testing.TB, f *uffd.File) (yes bool) {
+	t.Helper()
+	conn, err := f.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn.Control(func(fd uintptr) {
+		fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+		n, _ := unix.Poll(fds, 0)
+		yes = n > 0
+	})
+	return yes
+}
+
+// An empty pool of huge pages, which the kernel reports as a page that exists, is
+// waited for, at a bounded rate, and reported.
+func TestHugePoolEmpty(t *testing.T) {
+	settings := uffdtest.LockSettings(t)
+	settings.HugePages(1)
+	proc := uffdtest.Start(t)
+	length := uint64(uffdtest.HugePageSize())
+	base := proc.Mmap(0, length, unix.PROT_READ|unix.PROT_WRITE,
+		unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_HUGETLB|unix.MAP_NORESERVE, -1)
+	mem := uffdtest.Memory{Range: uffd.Range{Start: base, Len: length}, Kind: uffdtest.HugetlbPrivate}
+	f := proc.Open(events)
+	register(t, f, mem.Range, uffd.RegisterMissing)
+	taken := proc.Map(uffdtest.Hugetlb, freeHugePages(t))
+	proc.Fill(taken.Range, 1).Value()
+
+	s := serve(t, proc, f, &pager.Pager{RetryFor: uffdtest.Patience}, region(mem, source.FromBytes(image(mem.Kind, 1))))
+	load := s.Load(mem.Start)
+	start := s.client.Stats().Missing
+	time.Sleep(100 * time.Millisecond)
+	if n := s.client.Stats().Missing - start; n > 1000 { // unbounded it is tens of thousands
+		t.Errorf("%d faults in 100 ms for a page that cannot be had", n)
+	}
+	s.Madvise(taken.Range, unix.MADV_REMOVE).Value()
+	if b := load.Value(); b != 1 {
+		t.Errorf("loaded %d, want 1", b)
+	}
+}
+
+func freeHugePages(t testing.TB) int {
+	t.Helper()
+	b, err := os.ReadFile(fmt.Sprintf("/sys/kernel/mm/hugepages/hugepages-%dkB/free_hugepages", uffdtest.HugePageSize()>>10))
+	if err != nil {
+		t.Fatal(err)
+	}
+	n, err := strconv.Atoi(strings.TrimSpace(string(b)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
+}

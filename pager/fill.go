@@ -1,0 +1,499 @@
+package pager
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/go-uffd/uffd"
+	"github.com/go-uffd/uffd/source"
+)
+
+// errWaits is for a fault that somebody else will resolve.
+var errWaits = errors.New("waits")
+
+// resolve deals with a fault. It reports whether that is over and done with;
+// if not, a worker has it, or it is noted for later.
+func (c *Client) resolve(p pending) (over bool) {
+	r := c.loop.regions.find(p.Addr)
+	if r == nil {
+		return c.settle(nil, uffd.Range{Start: p.Addr &^ (systemPage - 1), Len: uint64(systemPage)}, p, c.unknown(p))
+	}
+	i := r.index(p.Addr)
+	if len(c.loop.troubles) > 0 && c.throttled(r.page(i).Start, p) {
+		return false
+	}
+	var err error
+	if p.Flags.Has(uffd.PagefaultWP) {
+		err = c.unlock(r, i)
+	} else {
+		err = c.provide(r, i, p)
+	}
+	return c.settle(r, r.page(i), p, err)
+}
+
+var systemPage = uffd.Addr(os.Getpagesize())
+
+// settle does what has to follow from the kernel's answer. r is nil outside of
+// all regions.
+func (c *Client) settle(r *region, page uffd.Range, p pending, err error) (over bool) {
+	switch {
+	case err == nil:
+		return true
+	case err == errWaits:
+		return false
+	case errors.Is(err, uffd.ErrRetry):
+		c.later(p)
+		return false
+	case errors.Is(err, uffd.ErrGone):
+		c.gone.Store(true)
+		return false
+	case errors.Is(err, syscall.ENOENT), errors.Is(err, os.ErrClosed):
+		// It was unmapped or unregistered: the thread sees for itself.
+		c.counters.dropped.Add(1)
+		c.file.Wake(page)
+		return true
+	}
+	c.trouble(r, page, p, err)
+	return false
+}
+
+// unknown deals with a fault outside of all regions.
+func (c *Client) unknown(p pending) error {
+	page := uffd.Range{Start: p.Addr &^ (systemPage - 1), Len: uint64(systemPage)}
+	var err error
+	if c.pager.UnknownZero || c.pager.OnFailure == Zeros {
+		_, err = c.file.ZeroPage(page, 0)
+	} else if c.pager.OnFailure == Poison {
+		_, err = c.file.Poison(page, 0)
+	}
+	if errors.Is(err, syscall.EEXIST) {
+		err = c.file.Wake(page)
+	}
+	if errors.Is(err, uffd.ErrRetry) || errors.Is(err, uffd.ErrGone) || errors.Is(err, syscall.ENOENT) {
+		return err
+	}
+	c.counters.unknown.Add(1)
+	if c.pager.UnknownZero && err == nil {
+		return nil
+	}
+	action := c.pager.OnFailure
+	if err != nil {
+		action = Hold
+	}
+	c.report(&PageError{page, action, errors.Join(errUnknown, err)})
+	return nil
+}
+
+var errUnknown = errors.New("it is outside of all regions")
+
+// unlock lets a protected page be written.
+func (c *Client) unlock(r *region, i uint64) error {
+	if r.beforeWrite != nil {
+		c.callBeforeWrite(r, i)
+	}
+	err := c.file.WriteProtect(r.page(i), 0)
+	if err == nil {
+		c.counters.unlocked.Add(1)
+	}
+	return err
+}
+
+func (c *Client) callBeforeWrite(r *region, i uint64) {
+	defer func() {
+		if v := recover(); v != nil {
+			c.report(fmt.Errorf("pager: BeforeWrite of page %v: panic: %v", r.page(i), v))
+		}
+	}()
+	r.beforeWrite(r.page(i))
+}
+
+// provide installs page i of r, and perhaps those around it.
+func (c *Client) provide(r *region, i uint64, p pending) error {
+	minor := p.Flags.Has(uffd.PagefaultMinor)
+	switch s := r.state(i); s {
+	case reading:
+		c.hurry(r.page(i).Start, p)
+		return errWaits
+	case held:
+		return errWaits
+	case poisoned:
+		return c.poison(r, i)
+	case present, zeroed:
+		if minor {
+			return c.fill(r, i, 1, nil, wanted{i, demand})
+		}
+		// Mostly a duplicate. If not, it comes again.
+		r.setState(i, s+1)
+		c.counters.woken.Add(1)
+		return c.file.Wake(r.page(i))
+	case removed, zeroedWoken:
+		if minor { // it was not discarded from the file
+			return c.fill(r, i, 1, nil, wanted{i, demand})
+		}
+		return c.fillZeros(r, i, 1, wanted{i, demand})
+	case presentWoken:
+		if minor {
+			return c.fill(r, i, 1, nil, wanted{i, demand})
+		}
+		return c.provideFromSource(r, i, i, 1, p)
+	}
+	if minor && r.memory == nil { // somebody else fills the file
+		return c.fill(r, i, 1, nil, wanted{i, demand})
+	}
+	first, n := r.window(i, c.aroundPages(r.pageSize))
+	err := c.provideFromSource(r, i, first, n, p)
+	if n > 1 && errors.Is(err, syscall.ENOENT) { // the mapping is smaller than that
+		err = c.provideFromSource(r, i, i, 1, p)
+	}
+	return err
+}
+
+// provideFromSource installs n pages from first on, among them i, which has the
+// fault.
+func (c *Client) provideFromSource(r *region, i, first, n uint64, p pending) error {
+	w := wanted{i, demand}
+	if r.zeros(first, n) {
+		return c.fillZeros(r, first, n, w)
+	}
+	lentErr, err := c.fillLent(r, first, n, w)
+	if lentErr == nil && !errors.Is(err, syscall.EFAULT) {
+		return err
+	}
+	// The source has to be read, also if what it lent could not be: then
+	// reading says why.
+	c.submit(&job{Range: r.span(first, n), wanted: r.page(i).Start, fault: p}, r)
+	return errWaits
+}
+
+// zeros reports whether the source has nothing but zeros for these pages.
+func (r *region) zeros(first, n uint64) bool {
+	if r.source == nil {
+		return true
+	}
+	kind, length := source.RunAt(r.source, r.sourceOffset(first))
+	return kind != source.Data && uint64(length) >= n*r.pageSize
+}
+
+// wanted says on whose account pages are installed: page is demanded, others
+// come along; with another origin than demand, all are its.
+type wanted struct {
+	page   uint64
+	origin origin
+}
+
+// A lent is what to do with bytes that are borrowed.
+type lent struct {
+	r        *region
+	first, n uint64
+	wanted   wanted
+	err      error // the kernel's
+}
+
+// fillLent installs pages straight from the memory of the source, if that lends
+// them. The first error is the source's.
+func (c *Client) fillLent(r *region, first, n uint64, w wanted) (lentErr, err error) {
+	defer func() {
+		if v := recover(); v != nil {
+			lentErr = fmt.Errorf("pager: panic: %v", v)
+		}
+	}()
+	l := &c.loop.lent
+	*l = lent{r: r, first: first, n: n, wanted: w}
+	lentErr = source.Borrow(r.source, r.sourceOffset(first), int(n*r.pageSize), c.loop.use)
+	l.r = nil
+	return lentErr, l.err
+}
+
+func (c *Client) useLent(bytes []byte) error {
+	l := &c.loop.lent
+	l.err = c.fillBytes(l.r, l.first, l.n, bytes, l.wanted)
+	return nil
+}
+
+// fillBytes installs n pages with the contents of bytes.
+func (c *Client) fillBytes(r *region, first, n uint64, bytes []byte, w wanted) error {
+	if r.memory == nil {
+		return c.fill(r, first, n, bytes, w)
+	}
+	if err := write(r.memoryAt(first, n), bytes); err != nil {
+		return err
+	}
+	return c.fill(r, first, n, nil, w)
+}
+
+// write copies src to dst, or sets it to zero. Neither may be there: the one can
+// be a file that was truncated, the other on a file system that is full.
+func write(dst, src []byte) (err error) {
+	defer func() {
+		if v := recover(); v != nil {
+			err = fmt.Errorf("pager: writing shared memory: %v: %w", v, syscall.EFAULT)
+		}
+	}()
+	if src == nil {
+		clear(dst)
+	} else {
+		copy(dst, src)
+	}
+	return nil
+}
+
+// fillZeros installs n pages of zeros.
+func (c *Client) fillZeros(r *region, first, n uint64, w wanted) error {
+	switch {
+	case r.memory != nil:
+		return c.fillBytes(r, first, n, nil, w)
+	case r.pageSize == uint64(systemPage) && !r.writeProtected():
+		return c.install(r, first, n, opZero, nil, w)
+	}
+	// The kernel has no zero page that is huge or protected.
+	for ; n > 0; first, n = first+1, n-1 {
+		if err := c.fill(r, first, 1, zeroPage(r.pageSize), w); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// zeroPages has a page of zeros of each size that was asked for.
+var zeroPages sync.Map
+
+func zeroPage(size uint64) []byte {
+	page, ok := zeroPages.Load(size)
+	if !ok {
+		page, _ = zeroPages.LoadOrStore(size, make([]byte, size))
+	}
+	return page.([]byte)
+}
+
+// fill installs n pages: copies of bytes, or, if that is nil, what the memory's
+// file has.
+func (c *Client) fill(r *region, first, n uint64, bytes []byte, w wanted) error {
+	if bytes == nil {
+		return c.install(r, first, n, opContinue, nil, w)
+	}
+	return c.install(r, first, n, opCopy, bytes, w)
+}
+
+type op uint8
+
+const (
+	opCopy op = iota
+	opZero
+	opContinue
+)
+
+// install has the kernel install n pages, and goes on where it stops on the way.
+// A page that is there already is passed over, after waking whoever waits for
+// it.
+func (c *Client) install(r *region, first, n uint64, op op, bytes []byte, w wanted) error {
+	for n > 0 {
+		span := r.span(first, n)
+		var k int64
+		var err error
+		switch op {
+		case opCopy:
+			var mode uffd.CopyMode
+			if r.writeProtected() {
+				mode = uffd.CopyWP
+			}
+			k, err = c.file.Copy(span.Start, bytes[:span.Len], mode)
+		case opZero:
+			k, err = c.file.ZeroPage(span, 0)
+		case opContinue:
+			var mode uffd.ContinueMode
+			if r.writeProtected() {
+				mode = uffd.ContinueWP
+			}
+			k, err = c.file.Continue(span, mode)
+		}
+		done := uint64(k) / r.pageSize
+		c.installed(r, first, done, op, w)
+		if err != nil && done == 0 {
+			if !errors.Is(err, syscall.EEXIST) {
+				return err
+			}
+			if err := c.exists(r, first); err != nil {
+				return err
+			}
+			done = 1
+		}
+		first, n = first+done, n-done
+		if op == opCopy {
+			bytes = bytes[done*r.pageSize:]
+		}
+	}
+	return nil
+}
+
+// installed notes pages that are there now.
+func (c *Client) installed(r *region, first, n uint64, op op, w wanted) {
+	if n == 0 {
+		return
+	}
+	r.filled(first, n)
+	switch op {
+	case opCopy:
+		c.counters.copied.Add(n)
+	case opZero:
+		c.counters.zeroed.Add(n)
+	case opContinue:
+		c.counters.continued.Add(n)
+	}
+	switch {
+	case w.origin != demand:
+		c.counters.origins[w.origin].Add(n)
+	case w.page-first < n:
+		c.counters.origins[demand].Add(1)
+		if n > 1 {
+			c.counters.origins[faultAround].Add(n - 1)
+		}
+	default:
+		c.counters.origins[faultAround].Add(n)
+	}
+	if len(c.loop.troubles) > 0 {
+		for i := first; i < first+n; i++ {
+			delete(c.loop.troubles, r.page(i).Start)
+		}
+	}
+}
+
+// filled notes that pages are there.
+func (r *region) filled(first, n uint64) {
+	for i := first; i < first+n; i++ {
+		switch r.state(i) {
+		case removed, zeroed, zeroedWoken:
+			r.setState(i, zeroed)
+		default:
+			r.setState(i, present)
+		}
+	}
+}
+
+// exists deals with a page that is there already. Nobody was woken, and it may
+// lack its protection.
+func (c *Client) exists(r *region, i uint64) error {
+	c.counters.existed.Add(1)
+	page := r.page(i)
+	if r.writeProtected() {
+		if err := c.file.WriteProtect(page, uffd.WriteProtectWP); err != nil && !errors.Is(err, syscall.ENOENT) {
+			return err
+		}
+	}
+	again := r.state(i)
+	r.filled(i, 1)
+	if again == presentWoken || again == zeroedWoken {
+		r.setState(i, again)
+		c.strange(page)
+	}
+	return c.file.Wake(page)
+}
+
+// A trouble is a page that cannot be resolved at once.
+type trouble struct {
+	pending
+	since time.Duration
+	due   time.Duration // not to be tried before
+	tries int
+	waits bool // the fault is ours to try again
+}
+
+// throttled reports whether the page is to be tried later, and sees to that.
+func (c *Client) throttled(page uffd.Addr, p pending) bool {
+	t, ok := c.loop.troubles[page]
+	if !ok || now() >= t.due {
+		return false
+	}
+	if !t.waits {
+		t.pending, t.waits = p, true
+		c.loop.troubles[page] = t
+	}
+	return true
+}
+
+// strange is called when threads keep asking for a page that is there. The kernel
+// also says so if it has no huge page left: see to it that this takes no more
+// than its share of time.
+func (c *Client) strange(page uffd.Range) {
+	t := c.loop.troubles[page.Start]
+	t.tries++
+	t.due = now()
+	if t.tries > 3 {
+		t.due += backoff(troubleMin, t.tries-3)
+	}
+	c.loop.troubles[page.Start] = t
+	if t.tries == 50 {
+		c.report(fmt.Errorf("pager: threads keep asking for page %v, which exists, as the kernel says: "+
+			"is the pool of huge pages empty, or the memory registered with another userfaultfd?", page))
+	}
+}
+
+// trouble is called when the kernel refuses a page for a reason that may pass,
+// such as memory. It is tried again for as long as sources are.
+func (c *Client) trouble(r *region, page uffd.Range, p pending, err error) {
+	t := c.loop.troubles[page.Start]
+	if t.tries == 0 {
+		t.since = now()
+	}
+	t.tries++
+	if r == nil || now()-t.since >= c.retryFor() {
+		delete(c.loop.troubles, page.Start)
+		if r != nil {
+			c.fail(r, r.index(page.Start), p, err)
+		}
+		return
+	}
+	t.pending, t.waits = p, true
+	t.due = now() + backoff(troubleMin, t.tries)
+	c.loop.troubles[page.Start] = t
+}
+
+// fail deals with a page whose contents cannot be had.
+func (c *Client) fail(r *region, i uint64, p pending, cause error) {
+	page := r.page(i)
+	action := c.pager.OnFailure
+	var err error
+	switch action {
+	case Zeros:
+		r.setState(i, removed)
+		err = c.fillZeros(r, i, 1, wanted{i, demand})
+	case Poison:
+		r.setState(i, poisoned)
+		err = c.poison(r, i)
+		if r.state(i) == held {
+			action = Hold
+		}
+	default:
+		r.setState(i, held)
+		c.counters.held.Add(1)
+	}
+	switch {
+	case err == nil, err == errWaits, errors.Is(err, uffd.ErrRetry), errors.Is(err, uffd.ErrGone), errors.Is(err, syscall.ENOENT):
+	default: // not even that
+		r.setState(i, held)
+		action, cause, err = Hold, errors.Join(cause, err), errWaits
+	}
+	c.report(&PageError{page, action, cause})
+	c.settle(r, page, p, err)
+}
+
+// poison makes a page raise SIGBUS, or, if the kernel cannot, lets who touches it
+// wait.
+func (c *Client) poison(r *region, i uint64) error {
+	_, err := c.file.Poison(r.page(i), 0)
+	switch {
+	case err == nil:
+		c.counters.poisoned.Add(1)
+	case errors.Is(err, syscall.EEXIST):
+		r.filled(i, 1)
+		return c.file.Wake(r.page(i))
+	case errors.Is(err, syscall.EINVAL):
+		r.setState(i, held)
+		c.counters.held.Add(1)
+		return errWaits
+	}
+	return err
+}

@@ -1,0 +1,66 @@
+package pager
+
+// A state says what a page holds, and so what to do when it is touched.
+type state uint8
+
+const (
+	absent       state = iota // the source has it
+	reading                   // a worker reads it from the source
+	present                   // installed from the source
+	presentWoken              // the same, and a thread that still asked for it was woken
+	removed                   // discarded: zeros
+	zeroed                    // discarded, and installed as zeros
+	zeroedWoken               // the same, and a thread was woken
+	poisoned                  // touching it raises SIGBUS
+	held                      // the source failed; whoever touches it waits
+)
+
+// pages has the state of each page of a region, four bits each, in chunks that
+// come into being when a state is set.
+type pages struct {
+	chunks []*chunk
+}
+
+const (
+	chunkBytes = 4096
+	chunkPages = 2 * chunkBytes
+)
+
+type chunk [chunkBytes]uint8
+
+func newPages(n uint64) *pages {
+	return &pages{make([]*chunk, (n+chunkPages-1)/chunkPages)}
+}
+
+func (p *pages) get(i uint64) state {
+	c := p.chunks[i/chunkPages]
+	if c == nil {
+		return absent
+	}
+	return state(c[i%chunkPages/2] >> (i % 2 * 4) & 0xf)
+}
+
+func (p *pages) set(i uint64, s state) {
+	c := p.chunks[i/chunkPages]
+	if c == nil {
+		if s == absent {
+			return
+		}
+		c = new(chunk)
+		p.chunks[i/chunkPages] = c
+	}
+	b := &c[i%chunkPages/2]
+	shift := i % 2 * 4
+	*b = *b&^(0xf<<shift) | uint8(s)<<shift
+}
+
+func (p *pages) clone() *pages {
+	q := &pages{make([]*chunk, len(p.chunks))}
+	for i, c := range p.chunks {
+		if c != nil {
+			d := *c
+			q.chunks[i] = &d
+		}
+	}
+	return q
+}

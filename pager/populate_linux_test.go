@@ -1,0 +1,161 @@
+package pager_test
+
+import (
+	"context"
+	"errors"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/go-uffd/uffd"
+	"github.com/go-uffd/uffd/internal/uffdtest"
+	"github.com/go-uffd/uffd/pager"
+	"github.com/go-uffd/uffd/source"
+)
+
+func TestPopulate(t *testing.T) {
+	const pages = 200
+	for name, contents := range sources(t, image(uffdtest.Anon, pages)) {
+		t.Run(name, func(t *testing.T) {
+			proc := uffdtest.Start(t)
+			mem, f := mapped(t, proc, uffdtest.Anon, pages+10)
+			s := serve(t, proc, f, &pager.Pager{FaultAround: 1}, region(mem, contents))
+			s.holds(t, mem, 7, 8)
+			s.Madvise(mem.Page(3), unix.MADV_DONTNEED).Value()
+			var last uint64
+			err := s.client.Populate(t.Context(), func(done, total uint64) {
+				if done < last || done > total {
+					t.Errorf("progress %d of %d, after %d", done, total, last)
+				}
+				last = done
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if want := uint64((pages + 8) * pageSize); last != want { // one is there, one discarded
+				t.Errorf("%d bytes populated, want %d", last, want)
+			}
+			missing := s.client.Stats().Missing
+			for i := range pages {
+				want := byte(i + 1)
+				if i == 3 {
+					want = 0
+				}
+				s.holds(t, mem, i, want)
+			}
+			if n := s.client.Stats().Missing - missing; n != 1 { // the one that was discarded
+				t.Errorf("%d faults after Populate, want 1", n)
+			}
+			s.noErrors(t)
+		})
+	}
+}
+
+func TestPopulateRanges(t *testing.T) {
+	proc := uffdtest.Start(t)
+	mem, f := mapped(t, proc, uffdtest.Anon, 8)
+	s := serve(t, proc, f, &pager.Pager{}, region(mem, source.FromBytes(image(uffdtest.Anon, 8))))
+	if err := s.client.Populate(t.Context(), nil, mem.Page(1), mem.Page(6)); err != nil {
+		t.Fatal(err)
+	}
+	for i := range 8 {
+		present := s.Pagemap(mem.Page(i).Start)&uffdtest.PagemapPresent != 0
+		if present != (i == 1 || i == 6) {
+			t.Errorf("page %d present: %v", i, present)
+		}
+	}
+}
+
+// Faults come before Populate, even if all that Populate may have under way is
+// stuck.
+func TestDemandFirst(t *testing.T) {
+	const pages = 512
+	proc := uffdtest.Start(t)
+	mem, f := mapped(t, proc, uffdtest.Anon, pages)
+	gate := make(chan struct{})
+	s := serve(t, proc, f, &pager.Pager{Workers: 4, FaultAround: 1}, region(mem, slow{
+		source.FromBytes(image(uffdtest.Anon, pages)), map[int64]chan struct{}{0: gate}}))
+	result := make(chan error)
+	go func() { result <- s.client.Populate(t.Context(), nil) }()
+	eventually(t, "Populate reads", func() bool { return s.client.Stats().Reads > 0 })
+	s.holds(t, mem, pages-1, byte(pages%256))
+	waiting := s.Load(mem.Start) // is being read for Populate
+	close(gate)
+	if b := waiting.Value(); b != 1 {
+		t.Errorf("loaded %d, want 1", b)
+	}
+	if err := <-result; err != nil {
+		t.Error(err)
+	}
+	for i := range pages {
+		s.holds(t, mem, i, byte(i+1))
+	}
+	s.noErrors(t)
+}
+
+func TestPopulateFails(t *testing.T) {
+	proc := uffdtest.Start(t)
+	mem, f := mapped(t, proc, uffdtest.Anon, 8)
+	gate := make(chan struct{})
+	contents := source.FromBytes(image(uffdtest.Anon, 8))
+	s := serve(t, proc, f, &pager.Pager{}, region(mem, slow{failing{contents, func(int64) error { return errInjected }}, map[int64]chan struct{}{0: gate}}))
+	ctx, cancel := context.WithCancel(t.Context())
+	result := make(chan error)
+	go func() { result <- s.client.Populate(ctx, nil) }()
+	eventually(t, "Populate reads", func() bool { return s.client.Stats().Reads > 0 })
+	cancel()
+	if err := <-result; err != context.Canceled {
+		t.Errorf("Populate = %v, want context.Canceled", err)
+	}
+	close(gate)
+	if err := s.client.Populate(t.Context(), nil); !errors.Is(err, errInjected) {
+		t.Errorf("Populate = %v, want the source's error", err)
+	}
+	if err := s.client.Graduate(t.Context(), nil); !errors.Is(err, errInjected) {
+		t.Errorf("Graduate = %v, want the source's error", err)
+	}
+	s.Kill()
+	if err := s.end(t); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.client.Populate(t.Context(), nil); err == nil {
+		t.Error("Populate of a client that is gone succeeded")
+	}
+}
+
+// After Graduate nothing faults any more, and threads that wait go on.
+func TestGraduate(t *testing.T) {
+	for _, kind := range []uffdtest.Kind{uffdtest.Anon, uffdtest.Shmem} {
+		t.Run(kind.String(), func(t *testing.T) {
+			proc := uffdtest.Start(t)
+			const pages = 100
+			mem, f := mapped(t, proc, kind, pages)
+			s := serve(t, proc, f, &pager.Pager{}, region(mem, source.FromBytes(image(kind, pages))))
+			touch := s.Touch(mem)
+			if err := s.client.Graduate(t.Context(), nil); err != nil {
+				t.Fatal(err)
+			}
+			touch.Value()
+			for i := range pages {
+				s.holds(t, mem, i, byte(i+1))
+			}
+			faults := s.client.Stats().Missing
+			advice := unix.MADV_DONTNEED
+			if kind.Shared() {
+				advice = unix.MADV_REMOVE
+			}
+			s.Madvise(mem.Range, advice).Value()
+			for i := range pages {
+				s.holds(t, mem, i, 0)
+			}
+			if n := s.client.Stats(); n.Missing != faults || n.Removes != 0 {
+				t.Errorf("%d faults and %d events after Graduate", n.Missing-faults, n.Removes)
+			}
+			// Nobody holds it.
+			if _, err := f.Register(uffd.Range{Start: mem.Start, Len: mem.Len}, uffd.RegisterMissing); err != nil {
+				t.Error(err)
+			}
+			s.noErrors(t)
+		})
+	}
+}

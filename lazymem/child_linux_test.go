@@ -1,0 +1,180 @@
+package lazymem_test
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"runtime"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/go-uffd/uffd/internal/uffdtest"
+	"github.com/go-uffd/uffd/lazymem"
+	"github.com/go-uffd/uffd/source"
+)
+
+// child returns a command that is one of children.
+func child(name string, env ...string) *exec.Cmd {
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Env = append(os.Environ(), childVariable+"="+name)
+	cmd.Env = append(cmd.Env, env...)
+	return cmd
+}
+
+// What Do cannot protect ends the program, and does not read zeros.
+func TestHazards(t *testing.T) {
+	const elsewhere, locked = "unexpected fault address", "unexpected signal during runtime execution"
+	for hazard, message := range map[string]string{
+		"goroutine":        elsewhere,
+		"kept":             elsewhere,
+		"kept after Close": elsewhere,
+		"println":          locked,
+	} {
+		t.Run(hazard, func(t *testing.T) {
+			out, err := child("hazard", "LAZYMEM_TEST_HAZARD="+hazard).CombinedOutput()
+			if err == nil || !strings.Contains(string(out), message) || strings.Contains(string(out), "survived") {
+				t.Errorf("the child ended with %v:\n%s", err, out)
+			}
+		})
+	}
+}
+
+func hazardChild() error {
+	m, err := lazymem.New(counted(pattern(1<<20)), nil)
+	if err != nil {
+		return err
+	}
+	var kept []byte
+	switch os.Getenv("LAZYMEM_TEST_HAZARD") {
+	case "goroutine":
+		m.Do(func(mem []byte) error {
+			var group sync.WaitGroup
+			group.Go(func() { sink = mem[0] })
+			group.Wait()
+			fmt.Println("survived")
+			return nil
+		})
+	case "println":
+		m.Do(func(mem []byte) error {
+			println(unsafe.String(&mem[0], 10))
+			fmt.Println("survived")
+			return nil
+		})
+	case "kept":
+		m.Do(func(mem []byte) error { kept = mem; return nil })
+	case "kept after Close":
+		m.Do(func(mem []byte) error { kept = mem; sink = mem[0]; return nil })
+		m.Close()
+	}
+	fmt.Println("survived", kept[0])
+	runtime.KeepAlive(m)
+	return nil
+}
+
+// The addresses of closed memory are free when nobody holds it any more.
+func TestCleanup(t *testing.T) {
+	if out, err := child("cleanup").CombinedOutput(); err != nil {
+		t.Errorf("%v\n%s", err, out)
+	}
+}
+
+func cleanupChild() error {
+	const count, size = 100, 1 << 30
+	start := mapped()
+	for range count {
+		m, err := lazymem.New(source.Zero(size), nil)
+		if err == nil {
+			err = m.Close()
+		}
+		if err != nil {
+			return err
+		}
+	}
+	for deadline := time.Now().Add(uffdtest.Patience); mapped() > start+size/2; {
+		if time.Now().After(deadline) {
+			return fmt.Errorf("%d MiB are still mapped after %d were closed", (mapped()-start)>>20, count)
+		}
+		runtime.GC()
+		time.Sleep(time.Millisecond)
+	}
+	return nil
+}
+
+// mapped returns how many bytes the process has mapped.
+func mapped() (n int) {
+	statm, err := os.ReadFile("/proc/self/statm")
+	if err != nil {
+		panic(err)
+	}
+	fmt.Sscan(string(statm), &n)
+	return n * pageSize
+}
+
+// mlockall with MCL_FUTURE fills new mappings at once, but not ours with zeros.
+func TestMlockall(t *testing.T) {
+	uffdtest.RequireRoot(t)
+	if out, err := child("mlockall").CombinedOutput(); err != nil {
+		t.Errorf("%v\n%s", err, out)
+	}
+}
+
+func mlockallChild() error {
+	if err := unix.Mlockall(unix.MCL_FUTURE); err != nil {
+		return err
+	}
+	return unprivilegedChild()
+}
+
+// Without privilege, and with vm.unprivileged_userfaultfd at 0, all works as ever.
+func TestUnprivileged(t *testing.T) {
+	uffdtest.RequireRoot(t) // others are unprivileged anyway
+	uffdtest.RequireUserFaults(t)
+	uffdtest.LockSettings(t).Set("/proc/sys/vm/unprivileged_userfaultfd", "0")
+	cmd := child("unpriv")
+	const nobody = 65534
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}}
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Errorf("%v\n%s", err, out)
+	}
+}
+
+func unprivilegedChild() error {
+	data := pattern(1<<20 + 77)
+	for _, shared := range []bool{false, true} {
+		m, err := lazymem.New(counted(data), &lazymem.Config{Shared: shared})
+		if err != nil {
+			return err
+		}
+		err = m.Do(func(mem []byte) error {
+			if !bytes.Equal(mem, data) {
+				return errors.New("wrong contents")
+			}
+			return nil
+		})
+		got := make([]byte, len(data))
+		if err == nil {
+			err = m.Discard(0, m.Size())
+		}
+		if errors.Is(err, unix.EINVAL) { // locked memory cannot be discarded
+			err = nil
+		}
+		if err == nil {
+			_, err = m.ReadAt(got, 0)
+		}
+		if err != nil || !bytes.Equal(got, data) {
+			return fmt.Errorf("shared=%t: wrong contents, or %w", shared, err)
+		}
+		if err := m.Close(); err != nil {
+			return err
+		}
+	}
+	return nil
+}

@@ -1,0 +1,313 @@
+package track
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"math/bits"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/go-uffd/uffd"
+)
+
+// faults keeps the books of written pages where the kernel does not: each first
+// write to a page is a fault, which it answers.
+type faults struct {
+	file  *uffd.File
+	areas []area // sorted
+	zeros []byte // a page
+	done  chan struct{}
+
+	// mu makes a change of a page's bit and of its protection one step.
+	mu     sync.Mutex
+	failed error // why faults are not answered any more
+}
+
+// An area is memory of one mapping.
+type area struct {
+	uffd.Range
+	page uint64 // size of its pages
+
+	// anonymous memory can lose its protection together with its pages. So
+	// missing pages are faults there.
+	anonymous bool
+
+	written []uint64 // a bit for each page
+}
+
+func startFaults(f *uffd.File, pid int, ranges []uffd.Range) (*faults, error) {
+	areas, err := readAreas(pid, ranges)
+	if err != nil {
+		return nil, err
+	}
+	for i := range areas {
+		a := &areas[i]
+		mode := uffd.RegisterWP
+		if a.anonymous {
+			mode |= uffd.RegisterMissing
+		}
+		if _, err := f.Register(a.Range, mode); err != nil {
+			return nil, err
+		}
+		a.written = make([]uint64, (a.Len/a.page+63)/64)
+	}
+	s := &faults{file: f, areas: areas, zeros: make([]byte, pageSize()), done: make(chan struct{})}
+	go s.answer()
+	for _, a := range areas {
+		if err := patiently(func() error { return protect(f, a.Range, a.page) }); err != nil {
+			s.fail(err)
+			s.interrupt()
+			return nil, err
+		}
+	}
+	return s, nil
+}
+
+// readAreas returns what is mapped in ranges, sorted like them.
+func readAreas(pid int, ranges []uffd.Range) ([]area, error) {
+	text, err := os.ReadFile(procFile(pid, "smaps"))
+	if err != nil {
+		return nil, err
+	}
+	return parseAreas(string(text), ranges)
+}
+
+func parseAreas(smaps string, ranges []uffd.Range) (areas []area, err error) {
+	var mapped area
+	found := make([]bool, len(ranges))
+	for line := range strings.Lines(smaps) {
+		var start, end, inode, kib uint64
+		var rest string
+		if n, _ := fmt.Sscanf(line, "%x-%x %s %s %s %d", &start, &end, &rest, &rest, &rest, &inode); n == 6 {
+			mapped = area{Range: uffd.Range{Start: uffd.Addr(start), Len: end - start}, anonymous: inode == 0}
+			continue
+		}
+		if n, _ := fmt.Sscanf(line, "KernelPageSize: %d kB", &kib); n != 1 {
+			continue
+		}
+		for i, r := range ranges {
+			from, to := max(r.Start, mapped.Start), min(r.End(), mapped.End())
+			if from >= to {
+				continue
+			}
+			found[i] = true
+			part := mapped
+			part.Range, part.page = uffd.Range{Start: from, Len: uint64(to - from)}, kib<<10
+			if part.page == 0 || uint64(from)%part.page != 0 || part.Len%part.page != 0 {
+				return nil, invalid(fmt.Sprintf("%v has part of a page of %d KiB", r, kib))
+			}
+			areas = append(areas, part)
+		}
+	}
+	if i := slices.Index(found, false); i >= 0 {
+		return nil, invalid(fmt.Sprintf("nothing is mapped in %v", ranges[i]))
+	}
+	return areas, nil
+}
+
+// at returns the area of an address, nil if it is not tracked.
+func (s *faults) at(addr uffd.Addr) *area {
+	i, _ := slices.BinarySearchFunc(s.areas, addr, func(a area, addr uffd.Addr) int {
+		if a.End() <= addr {
+			return -1
+		}
+		return 1
+	})
+	if i < len(s.areas) && s.areas[i].Contains(addr) {
+		return &s.areas[i]
+	}
+	return nil
+}
+
+// answer answers faults until the userfaultfd is closed.
+func (s *faults) answer() {
+	defer close(s.done)
+	msgs := make([]uffd.Msg, 16)
+	var waiting []uffd.Pagefault
+	for {
+		var deadline time.Time
+		if len(waiting) > 0 {
+			deadline = time.Now().Add(retryDelay)
+		}
+		if err := s.file.SetReadDeadline(deadline); err != nil {
+			return // closed
+		}
+		n, err := s.file.ReadMsgs(msgs)
+		switch {
+		case errors.Is(err, os.ErrClosed) || s.failure() != nil:
+			return
+		case err != nil && !errors.Is(err, os.ErrDeadlineExceeded):
+			s.fail(err)
+			return
+		}
+		for i := range msgs[:n] {
+			if r, ok := msgs[i].Remove(); ok {
+				s.discarded(r)
+			} else if p, ok := msgs[i].Pagefault(); ok {
+				waiting = append(waiting, p)
+			}
+		}
+		again := waiting[:0]
+		for _, p := range waiting {
+			err := s.resolve(p)
+			switch {
+			case errors.Is(err, uffd.ErrRetry):
+				again = append(again, p)
+			case errors.Is(err, uffd.ErrGone):
+				return // nobody waits any more
+			case err != nil:
+				s.fail(err)
+				return
+			}
+		}
+		waiting = again
+	}
+}
+
+// resolve lets the access go on, and books it if it is a write.
+func (s *faults) resolve(p uffd.Pagefault) error {
+	a := s.at(p.Addr)
+	if a == nil {
+		return s.file.Wake(uffd.Range{Start: p.Addr &^ uffd.Addr(pageSize()-1), Len: pageSize()})
+	}
+	i := uint64(p.Addr-a.Start) / a.page
+	page := uffd.Range{Start: a.Start + uffd.Addr(i*a.page), Len: a.page}
+
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	write := p.Flags.Has(uffd.PagefaultWrite)
+	if write {
+		a.written[i/64] |= 1 << (i % 64)
+	}
+	var err error
+	switch {
+	case p.Flags.Has(uffd.PagefaultWP):
+		err = s.file.WriteProtect(page, 0)
+	case write:
+		_, err = s.file.Copy(page.Start, s.zeros, 0)
+	default:
+		_, err = s.file.Copy(page.Start, s.zeros, uffd.CopyWP)
+	}
+	if errors.Is(err, fs.ErrExist) || errors.Is(err, syscall.ENOENT) {
+		err = s.file.Wake(page) // resolved, or not our memory any more
+	}
+	return err
+}
+
+// discarded books what was discarded. It is protected, or missing, until
+// somebody touches it again.
+func (s *faults) discarded(r uffd.Range) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for j := range s.areas {
+		a := &s.areas[j]
+		from, to := max(r.Start, a.Start), min(r.End(), a.End())
+		for ; from < to; from += uffd.Addr(a.page) {
+			i := uint64(from-a.Start) / a.page
+			a.written[i/64] |= 1 << (i % 64)
+		}
+	}
+}
+
+// maxRun bounds how long faults wait for a collection, in pages.
+const maxRun = 512
+
+// collect reports false if yield did.
+func (s *faults) collect(yield func(uffd.Range) bool) (more bool, err error) {
+	for j := range s.areas {
+		a := &s.areas[j]
+		for i := uint64(0); i < a.Len/a.page; {
+			var first, end uint64
+			err := patiently(func() (err error) {
+				first, end, err = s.reset(a, i)
+				return err
+			})
+			if err != nil {
+				return true, err
+			}
+			if first < end && !yield(uffd.Range{Start: a.Start + uffd.Addr(first*a.page), Len: (end - first) * a.page}) {
+				return false, nil
+			}
+			i = end
+		}
+	}
+	return true, nil
+}
+
+// reset finds the first run of written pages of a, from page i on, and makes them
+// protected and not written.
+func (s *faults) reset(a *area, i uint64) (first, end uint64, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.failed != nil {
+		return 0, 0, s.failed
+	}
+	first, end = run(a.written, i, a.Len/a.page)
+	if first == end {
+		return first, end, nil
+	}
+	for k := first; k < end; k++ {
+		a.written[k/64] &^= 1 << (k % 64)
+	}
+	err = protect(s.file, uffd.Range{Start: a.Start + uffd.Addr(first*a.page), Len: (end - first) * a.page}, a.page)
+	if err != nil {
+		for k := first; k < end; k++ {
+			a.written[k/64] |= 1 << (k % 64)
+		}
+	}
+	return first, end, err
+}
+
+// run returns the first run of ones at or after bit i, of n bits: at most maxRun
+// of it. It is empty, at n, if there is none.
+func run(words []uint64, i, n uint64) (first, end uint64) {
+	for i < n {
+		if rest := words[i/64] >> (i % 64); rest != 0 {
+			i += uint64(bits.TrailingZeros64(rest))
+			break
+		}
+		i = (i/64 + 1) * 64
+	}
+	first = min(i, n)
+	for end = first; end < n && end-first < maxRun && words[end/64]&(1<<(end%64)) != 0; {
+		end++
+	}
+	return first, end
+}
+
+// fail ends the tracking, and lets the process go on.
+func (s *faults) fail(err error) {
+	s.mu.Lock()
+	s.failed = fmt.Errorf("tracking has ended: %w", err)
+	s.mu.Unlock()
+	for _, a := range s.areas {
+		release(s.file, []uffd.Range{a.Range})
+	}
+}
+
+func (s *faults) failure() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.failed
+}
+
+// interrupt ends answer without closing the userfaultfd, once s has failed.
+func (s *faults) interrupt() {
+	for {
+		s.file.SetReadDeadline(time.Unix(1, 0)) // answer may set another at any time
+		select {
+		case <-s.done:
+			s.file.SetReadDeadline(time.Time{})
+			return
+		case <-time.After(retryDelay):
+		}
+	}
+}
+
+// wait waits for the end of answer.
+func (s *faults) wait() { <-s.done }

@@ -1,0 +1,7 @@
+//go:build !linux
+
+package track
+
+import "errors"
+
+func checkProtection() error { return errors.ErrUnsupported }

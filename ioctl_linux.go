@@ -132,7 +132,12 @@ func (f *File) register(r Range, mode RegisterMode) (Ioctls, error) {
 
 func (f *File) unregister(r Range) error {
 	arg := r.abi()
-	return result(opUnregister, ioctl(f.fd, reqUnregister, unsafe.Pointer(&arg)))
+	err := result(opUnregister, ioctl(f.fd, reqUnregister, unsafe.Pointer(&arg)))
+	// The kernel wakes before it locks the mappings: a fault that comes in
+	// between would sleep for ever (seen on 6.18), as do all but those for
+	// missing pages. On an error part of r can be unregistered.
+	f.wake(r)
+	return err
 }
 
 func (f *File) wake(r Range) error {

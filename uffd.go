@@ -503,11 +503,11 @@ func (f *File) Register(r Range, mode RegisterMode) (Ioctls, error) {
 
 // Unregister ends the reports of faults in r and removes its protection
 // (UFFDIO_UNREGISTER, Linux 4.3). Parts that are not registered or not mapped
-// are passed over.
+// are passed over. Missing anonymous pages read as zeros from then on.
 //
-// It wakes threads that wait for missing pages, but not those that wait in
-// memory registered for RegisterWP, RegisterMinor or RegisterRWP alone: let
-// Wake follow.
+// It wakes all threads that wait in r, with a UFFDIO_WAKE of its own: the kernel
+// wakes only those that wait for missing pages, and not even all of them when
+// a fault comes at the same moment.
 //
 // Errors: EINVAL if nothing is mapped in r, or part does not support userfaultfd
 // or (Linux 6.17) is registered with another one; ENOMEM if the process has

@@ -256,48 +256,6 @@ func TestWPRange(t *testing.T) {
 	wantMarked(t, p, mem, "protected up to page 4", 0, 1, 2)
 }
 
-// TestUnregisterWakes has Unregister wake the threads that wait for missing pages.
-func TestUnregisterWakes(t *testing.T) {
-	p := uffdtest.Start(t)
-	mem := p.Map(uffdtest.Anon, 2)
-	f := p.Open(nil)
-	register(t, f, mem.Range, uffd.RegisterMissing)
-	load := p.Load(mem.Start)
-	nextFault(t, f, mem.Page(0), 0)
-	if err := f.Unregister(mem.Range); err != nil {
-		t.Fatal(err)
-	}
-	if b := load.Value(); b != 0 {
-		t.Errorf("loaded %d, want 0", b)
-	}
-}
-
-func TestUnregisterWPLeavesAsleep(t *testing.T) {
-	uffdtest.Require(t, uffd.FeaturePagefaultFlagWP)
-	p := uffdtest.Start(t)
-	mem := p.Map(uffdtest.Anon, 2)
-	f := p.Open(nil)
-	p.Fill(mem.Range, 1).Value()
-	register(t, f, mem.Range, uffd.RegisterWP)
-	protect(t, f, mem.Range, uffd.WriteProtectWP)
-	store := p.Store(mem.Start, 1)
-	nextFault(t, f, mem.Page(0), wpFault)
-	if err := f.Unregister(mem.Range); err != nil {
-		t.Fatal(err)
-	}
-	if n := waiting(t, f); n != 1 {
-		t.Errorf("%d threads wait after Unregister of protected memory, want 1", n)
-	}
-	wantMarked(t, p, mem, "unregistered")
-	if err := f.Wake(mem.Range); err != nil {
-		t.Fatal(err)
-	}
-	store.Value()
-	if n := waiting(t, f); n != 0 {
-		t.Errorf("%d threads wait after Wake", n)
-	}
-}
-
 // TestWPAsync has the kernel resolve the faults.
 func TestWPAsync(t *testing.T) {
 	uffdtest.Require(t, uffd.FeatureWPAsync)

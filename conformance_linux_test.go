@@ -394,7 +394,7 @@ func aligned(m uffdtest.Memory, size uint64) uffdtest.Memory {
 }
 
 func TestPoison(t *testing.T) {
-	uffdtest.RequireArch(t, "poison without a kernel panic", "mips", "mipsle", "mips64", "mips64le")
+	uffdtest.PoisonPanic.Avoid(t)
 	uffdtest.Require(t, uffd.FeaturePoison)
 	eachKind(t, uffdtest.Kinds, 4, func(t *testing.T, p *uffdtest.Process, mem uffdtest.Memory) {
 		f := p.Open(nil)
@@ -437,7 +437,7 @@ func TestPoison(t *testing.T) {
 }
 
 func TestPoisonPopulate(t *testing.T) {
-	uffdtest.RequireArch(t, "poison without a kernel panic", "mips", "mipsle", "mips64", "mips64le")
+	uffdtest.PoisonPanic.Avoid(t)
 	uffdtest.Require(t, uffd.FeaturePoison)
 	p := uffdtest.Start(t)
 	mem := p.Map(uffdtest.Anon, 2)
@@ -694,7 +694,7 @@ func TestDontWake(t *testing.T) {
 	}
 	if mode.Has(uffd.RegisterMinor) {
 		calls = append(calls, func(r uffd.Range) (int64, error) { return f.Continue(r, uffd.ContinueDontWake) })
-		if offered.Has(uffd.FeaturePoison) && !strings.HasPrefix(runtime.GOARCH, "mips") {
+		if offered.Has(uffd.FeaturePoison) && !uffdtest.PoisonPanic.Here() {
 			calls = append(calls, func(r uffd.Range) (int64, error) { return f.Poison(r, uffd.PoisonDontWake) })
 		}
 	}

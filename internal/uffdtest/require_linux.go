@@ -32,7 +32,7 @@ func Require(t testing.TB, want uffd.Features) {
 		t.Fatalf("probing: %v", err)
 	}
 	major, minor := Kernel()
-	if falseWP(major, minor) {
+	if FalseWP.Here() {
 		offered &^= uffd.FeaturePagefaultFlagWP
 	}
 	missing := want &^ offered
@@ -143,12 +143,6 @@ func lacks(bit uffd.Features, major, minor int) bool {
 		return Machine() != "x86_64" && bit&(writeProtection|minorFaults) != 0
 	}
 	return bit&(writeProtection|minorFaults) != 0
-}
-
-// falseWP reports whether the kernel offers write protection that never delivers
-// a fault: 5.10 does so on every architecture but amd64.
-func falseWP(major, minor int) bool {
-	return major == 5 && minor < 13 && Machine() != "x86_64"
 }
 
 // Machine returns the kernel's architecture, which may be wider than GOARCH.

@@ -42,7 +42,7 @@ const stream = "\x16=== RUN   TestA\n" +
 	"dots...\x16=== PAUSE TestB/x_y\n" +
 	"\x16=== RUN   TestB/z\n" +
 	"    b_test.go:9: helper says so\n" +
-	"    b_test.go:10: needs POISON (Linux 6.6)\n" +
+	"    b_test.go:10: missing: POISON (Linux 6.6)\n" +
 	"\x16--- SKIP: TestB/z (0.00s)\n" +
 	"\x16=== CONT  TestB/x_y\n" +
 	"    b_test.go:11: wrong:\n        byte 3\n" +
@@ -64,7 +64,7 @@ func results(o *output) string {
 }
 
 func TestOutput(t *testing.T) {
-	const want = "TestA PASS, TestB FAIL, TestB/x_y FAIL, TestB/z SKIP, TestC SKIP"
+	const want = "TestA PASS, TestB FAIL, TestB/x_y FAIL, TestB/z SKIP, TestC FAIL"
 	for _, size := range []int{1, 7, len(stream)} { // however it is cut to pieces
 		var o output
 		for piece := range slices.Chunk([]byte(stream), size) {
@@ -74,11 +74,8 @@ func TestOutput(t *testing.T) {
 		if got := results(&o); got != want {
 			t.Errorf("in pieces of %d: %s, want %s", size, got, want)
 		}
-		if got, want := o.byName["TestB/z"].reason(), "needs POISON (Linux 6.6)"; got != want {
+		if got, want := o.byName["TestB/z"].reason(), "missing: POISON (Linux 6.6)"; got != want {
 			t.Errorf("reason %q, want %q", got, want)
-		}
-		if got := o.byName["TestC"].reason(); got != "no reason given" {
-			t.Errorf("reason %q", got)
 		}
 		log := strings.Join(o.byName["TestB/x_y"].log, "|")
 		if want := "dots...|    b_test.go:11: wrong:|        byte 3"; log != want {
@@ -98,6 +95,7 @@ func TestOutputFinish(t *testing.T) {
 		{"crash in a test", "\x16=== RUN   TestA\nfatal error: x\n", true, "TestA FAIL"},
 		{"crash between tests", "\x16=== RUN   TestA\n\x16--- PASS: TestA (0.00s)\n", true, "TestA PASS, (program) FAIL"},
 		{"crash before the first", "panic: init", true, "(program) FAIL"},
+		{"skip without a reason", "\x16=== RUN   TestA\n\x16--- SKIP: TestA (0.00s)\n", false, "TestA FAIL"},
 		{"crash after a failure", "\x16=== RUN   TestA\n\x16--- FAIL: TestA (0.00s)\npanic: x\n", true, "TestA FAIL"},
 	} {
 		var o output
@@ -132,7 +130,7 @@ func TestReport(t *testing.T) {
 		"| 6.1.0-50 | amd64 | 4K | 0x1fff | 1 | 2 | 2 |\n" +
 		"| 6.12.1 | 386 on amd64 | 4K | 0x1ffff | 1 | 2 | 2 |\n" +
 		"| 7.3 (did not boot) | arm64 |  |  | 0 | 0 | 1 |\n" +
-		"- needs POISON (Linux 6.6) (amd64 6.1, 386 6.12 on amd64): `. TestB/z`\n" +
+		"- missing: POISON (Linux 6.6) (amd64 6.1, 386 6.12 on amd64): `. TestB/z`\n" +
 		"- no reason given (amd64 6.1, 386 6.12 on amd64): `. TestC`\n" +
 		"FAIL arm64 7.3 16K: (guest) (guest)\n    no kernel\n    at all\n"
 	if b.String() != want {

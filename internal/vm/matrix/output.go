@@ -90,11 +90,18 @@ func (o *output) test(name string) *test {
 }
 
 // finish judges the program's end: one that did not succeed although no test
-// failed has failed in the test that ran last, or as a whole.
+// failed has failed in the test that ran last, or as a whole. A skip that names
+// nothing that is missing is a failure.
 func (o *output) finish(failed bool, reason string) {
 	if len(o.partial) > 0 {
 		o.line(string(o.partial))
 		o.partial = nil
+	}
+	for _, t := range o.tests {
+		if t.result == "SKIP" && !strings.HasPrefix(t.reason(), "missing: ") {
+			t.result = "FAIL"
+			t.log = append(t.log, "skipped without saying what is missing")
+		}
 	}
 	for _, t := range o.tests {
 		if t.result == "FAIL" {

@@ -72,8 +72,8 @@ var guests = []guest{
 	{kernel: "6.1", arch: "mips64le", mask: 0x9fe, hugePages: 16},
 	{kernel: "6.12", arch: "mips64le", mask: 0x149fe, hugePages: 16},
 
-	{kernel: "7.2", arch: "loong64", mask: 0x14ffe, hugePages: 4},
-	{kernel: "7.3", arch: "loong64", mask: 0x14ffe, hugePages: 4},
+	{kernel: "7.2", arch: "loong64", mask: 0x14ffe, hugePages: 4, memory: 2048},
+	{kernel: "7.3", arch: "loong64", mask: 0x14ffe, hugePages: 4, memory: 2048},
 }
 
 // programArch is the GOARCH of the test binaries for the guest.

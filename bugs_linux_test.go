@@ -2,7 +2,6 @@ package uffd_test
 
 import (
 	"testing"
-	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -52,23 +51,6 @@ var demonstrations = map[*uffdtest.Bug]func(*testing.T) bool{
 		request, _ := uffd.IoctlAPI.Request()
 		_, _, e = unix.Syscall(unix.SYS_IOCTL, fd, uintptr(request), uintptr(unsafe.Pointer(&api)))
 		return e == 0
-	},
-	uffdtest.ForkedWPHugetlb: func(t *testing.T) bool {
-		requireOffer(t, uffd.FeatureWPHugetlbfsShmem)
-		uffdtest.LockSettings(t).HugePages(4)
-		p := uffdtest.Start(t)
-		mem := p.Map(uffdtest.HugetlbPrivate, 1)
-		f := p.Open(nil)
-		p.Fill(mem.Range, 1).Value()
-		register(t, f, mem.Range, uffd.RegisterWP)
-		protect(t, f, mem.Range, uffd.WriteProtectWP)
-		forked := p.Fork(uffdtest.Step{Op: uffdtest.StepStore, Args: [6]uint64{uint64(mem.Start), 9}})
-		if uffdtest.ForkedWPHugetlb.Here() { // for ever, in other words
-			time.Sleep(5 * time.Second)
-			return !forked.Done()
-		}
-		forked.Values()
-		return false
 	},
 	uffdtest.MoveOnShmem: func(t *testing.T) bool {
 		requireOffer(t, uffd.FeatureMove)

@@ -397,6 +397,9 @@ func TestPoison(t *testing.T) {
 	uffdtest.PoisonPanic.Avoid(t)
 	uffdtest.Require(t, uffd.FeaturePoison)
 	eachKind(t, uffdtest.Kinds, 4, func(t *testing.T, p *uffdtest.Process, mem uffdtest.Memory) {
+		if mem.Kind.Huge() {
+			uffdtest.PoisonHugetlb.Avoid(t)
+		}
 		f := p.Open(nil)
 		register(t, f, mem.Range, uffd.RegisterMissing)
 		signals := 0

@@ -488,6 +488,52 @@ func wait(t testing.TB, result <-chan error, want error) {
 	}
 }
 
+// TestConcurrentReaders has several goroutines serve one descriptor: each fault
+// is read by one of them.
+func TestConcurrentReaders(t *testing.T) {
+	p := uffdtest.Start(t)
+	mem := p.Map(uffdtest.Anon, 256)
+	f := p.Open(nil)
+	register(t, f, mem.Range, uffd.RegisterMissing)
+	const readers = 4
+	results := make(chan error, readers)
+	for range readers {
+		go func() {
+			msgs := make([]uffd.Msg, 3)
+			for {
+				n, err := f.ReadMsgs(msgs)
+				if err != nil {
+					results <- err
+					return
+				}
+				for i := range msgs[:n] {
+					fault, ok := msgs[i].Pagefault()
+					if !ok {
+						results <- fmt.Errorf("got %v", &msgs[i])
+						return
+					}
+					page := uffd.Range{Start: fault.Addr, Len: uint64(mem.Kind.PageSize())}
+					_, err := f.ZeroPage(page, 0)
+					if errors.Is(err, fs.ErrExist) { // the other thread was first
+						err = f.Wake(page)
+					}
+					if err != nil {
+						results <- err
+						return
+					}
+				}
+			}
+		}()
+	}
+	first, second := p.Touch(mem), p.Touch(mem)
+	first.Value()
+	second.Value()
+	f.Close()
+	for range readers {
+		wait(t, results, os.ErrClosed)
+	}
+}
+
 func TestCloseEndsReaders(t *testing.T) {
 	f := open(t, nil)
 	result := make(chan error)

@@ -133,8 +133,16 @@ func TestMoveErrors(t *testing.T) {
 	p.OpenGate()
 	forked.Value()
 	p.Fill(src.Page(0), 6).Value()
+	load := p.Load(dst.Start)
+	nextFault(t, f, dst.Page(0), 0)
 	want("written since", p.Move(dst.Start, src.Page(0), uffd.MoveDontWake), size, nil)
-	if b := p.Load(dst.Start).Value(); b != 6 {
+	if n := waiting(t, f); n != 1 {
+		t.Errorf("%d threads wait after MoveDontWake, want 1", n)
+	}
+	if err := f.Wake(dst.Page(0)); err != nil {
+		t.Fatal(err)
+	}
+	if b := load.Value(); b != 6 {
 		t.Errorf("loaded %d, want 6", b)
 	}
 }

@@ -102,7 +102,7 @@ func (s *stressFaulter) page(i int) []byte { return s.mem[i*s.size:][:s.size] }
 
 // work checks and changes pages, and discards some of them.
 func (s *stressFaulter) work(random *rand.Rand, end time.Time) error {
-	for round := 0; time.Now().Before(end); round++ {
+	for round := 0; round == 0 || time.Now().Before(end); round++ {
 		inOrder := random.IntN(2) == 0 // also of the others: they meet
 		for i := range len(s.pages) {
 			if !inOrder {

@@ -14,8 +14,8 @@ type Bug struct {
 	What string
 	Here func() bool // the running kernel has it
 
-	// Fatal says that showing the bug takes the kernel down, Rare that it
-	// shows by chance. Neither is asserted.
+	// Fatal says that showing the bug takes the kernel down, or leaves a process
+	// that nobody can end; Rare that it shows by chance. Neither is asserted.
 	Fatal, Rare bool
 }
 
@@ -33,6 +33,8 @@ var (
 	ForkedWPHugetlb = &Bug{
 		What: "a forked child that writes to write-protected private hugetlb memory faults for ever",
 		Here: func() bool { return kernelIn("5.19", "6.4") && Machine() == "x86_64" },
+
+		Fatal: true,
 	}
 	MoveOnShmem = &Bug{
 		What: "REGISTER offers MOVE for shared memory, where it always fails",
@@ -53,13 +55,17 @@ var (
 		Here:  func() bool { return kernelIn("6.6", "") && strings.HasPrefix(runtime.GOARCH, "mips") },
 		Fatal: true,
 	}
-	// HugetlbUnmap: the matrix reserves no huge pages on such a kernel.
+	PoisonHugetlb = &Bug{
+		What:  "a poisoned page of hugetlb memory is an Oops",
+		Here:  func() bool { return kernelIn("6.6", "") && runtime.GOARCH == "arm" },
+		Fatal: true,
+	}
 	HugetlbUnmap = &Bug{
 		What:  "unmapping hugetlb memory is a BUG",
 		Here:  func() bool { return kernelIn("7.0", "") && runtime.GOARCH == "arm" },
 		Fatal: true,
 	}
-	Bugs = []*Bug{FalseWP, FalseAPI, ForkedWPHugetlb, MoveOnShmem, SetModeWithoutRWP, LostWaiter, PoisonPanic, HugetlbUnmap}
+	Bugs = []*Bug{FalseWP, FalseAPI, ForkedWPHugetlb, MoveOnShmem, SetModeWithoutRWP, LostWaiter, PoisonPanic, PoisonHugetlb, HugetlbUnmap}
 )
 
 // Avoid skips t on kernels that have the bug.

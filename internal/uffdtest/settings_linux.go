@@ -134,6 +134,7 @@ func restore() error {
 // HugePages makes n huge pages of the default size free, or skips the test.
 func (s *Settings) HugePages(n int) {
 	s.t.Helper()
+	HugetlbUnmap.Avoid(s.t)
 	info := meminfo()
 	if info["Hugepagesize"] == 0 {
 		skip(s.t, "hugetlb memory")

@@ -516,9 +516,11 @@ func (m *Memory) Resident() []Range {
 
 // Discard empties the pages that lie wholly within the length bytes from off on,
 // so that they are read from the source again when they are touched. What has
-// been written to them is lost. Huge pages that are private need Linux 5.18.
+// been written to them is lost. It waits for reads of the source that are under
+// way for these pages.
 //
-// Errors: EINVAL if the memory is locked (mlockall(2)) or the kernel is too old.
+// Errors: EINVAL if the memory is locked (mlock(2), mlockall(2)), and for private
+// huge pages before Linux 5.18.
 func (m *Memory) Discard(off, length int64) error {
 	if _, _, err := m.span(off, length); err != nil {
 		return err

@@ -412,12 +412,13 @@ func TestReadAhead(t *testing.T) {
 
 func TestPopulate(t *testing.T) {
 	kinds(t, func(t *testing.T, c lazymem.Config) {
-		data := pattern(9<<20 + 5)
+		unit := max(1<<20, c.PageSize)
+		data := pattern(5*unit + 5)
 		m := open(t, counted(data), &c)
 		if _, err := m.Bytes(); !errors.Is(err, lazymem.ErrIncomplete) {
 			t.Errorf("Bytes = %v, want ErrIncomplete", err)
 		}
-		off, length := int64(3<<20+77), int64(4<<20)
+		off, length := int64(2*unit+77), int64(2*unit)
 		var steps []int64
 		if err := m.Populate(t.Context(), off, length, func(n int64) { steps = append(steps, n) }); err != nil {
 			t.Fatal(err)

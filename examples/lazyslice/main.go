@@ -168,7 +168,8 @@ func (c *chunked) chunk(i int64) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	chunk, err := io.ReadAll(z)
-	c.unpacked.Add(int64(len(chunk)))
+	chunk := make([]byte, min(chunkSize, c.size-i*chunkSize))
+	n, err := io.ReadFull(z, chunk)
+	c.unpacked.Add(int64(n))
 	return chunk, err
 }

@@ -168,8 +168,10 @@ func (c *chunked) chunk(i int64) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	chunk := make([]byte, min(chunkSize, c.size-i*chunkSize))
-	n, err := io.ReadFull(z, chunk)
-	c.unpacked.Add(int64(n))
+	chunk, err := io.ReadAll(z)
+	c.unpacked.Add(int64(len(chunk)))
+	if err == nil && int64(len(chunk)) != min(chunkSize, c.size-i*chunkSize) {
+		err = fmt.Errorf("chunk %d has %d bytes", i, len(chunk))
+	}
 	return chunk, err
 }

@@ -24,38 +24,46 @@ func lastFault() *uintptr { return (*uintptr)(unsafe.Add(getg(), lastFaultOffset
 var lastFaultOffset uintptr
 
 // findLastFault sets lastFaultOffset.
-var findLastFault = sync.OnceValue(func() error {
-	const words = 48 // g is larger
+var findLastFault = sync.OnceValue(func() (err error) {
+	lastFaultOffset, err = searchLastFault(fault)
+	return err
+})
+
+// searchLastFault has fault touch several addresses, and looks which word of g
+// takes on the value of each. They are beginnings of pages, as s390x does not
+// know more of an address than the page.
+func searchLastFault(fault func(p *byte)) (offset uintptr, err error) {
+	const words, probes = 48, 3 // g is larger
 	pageSize := os.Getpagesize()
-	mem, err := unix.Mmap(-1, 0, 2*pageSize, unix.PROT_NONE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	mem, err := unix.Mmap(-1, 0, probes*pageSize, unix.PROT_NONE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
 	if err != nil {
-		return fmt.Errorf("lazymem: %w", err)
+		return 0, fmt.Errorf("lazymem: %w", err)
 	}
 	defer unix.Munmap(mem)
-	var candidates [words]int
-	probes := []int{0, pageSize / 2, pageSize}
-	for _, off := range probes {
-		fault(&mem[off])
-		addr := uintptr(unsafe.Pointer(&mem[off]))
-		for i := range candidates {
-			if peek((*uintptr)(unsafe.Add(getg(), uintptr(i)*unsafe.Sizeof(addr)))) == addr {
-				candidates[i]++
+	var matches [words]int
+	for page := range probes {
+		p := &mem[page*pageSize]
+		fault(p)
+		for i := range matches {
+			word := (*uintptr)(unsafe.Add(getg(), uintptr(i)*unsafe.Sizeof(uintptr(0))))
+			if peek(word) == uintptr(unsafe.Pointer(p)) {
+				matches[i]++
 			}
 		}
 	}
 	found := 0
-	for i, n := range candidates {
-		if n == len(probes) {
-			lastFaultOffset = uintptr(i) * unsafe.Sizeof(uintptr(0))
+	for i, n := range matches {
+		if n == probes {
+			offset = uintptr(i) * unsafe.Sizeof(uintptr(0))
 			found++
 		}
 	}
 	if found != 1 {
-		return fmt.Errorf("lazymem: this release of Go does not show where a goroutine has faulted, "+
+		return 0, fmt.Errorf("lazymem: this release of Go does not show where a goroutine has faulted, "+
 			"so that swallowed faults could not be found out: %w", errors.ErrUnsupported)
 	}
-	return nil
-})
+	return offset, nil
+}
 
 // fault reads what cannot be read.
 func fault(p *byte) {

@@ -50,8 +50,21 @@
 //		return nil
 //	})
 //
+// What the function writes to the memory stays as well, so that it must not depend
+// on what was there before:
+//
+//	err := m.Do(func(mem []byte) error {
+//		for i := range mem {
+//			mem[i] ^= key // wrong: what lies before a fault is changed once more
+//		}
+//		return nil
+//	})
+//
+// Populate that part first, or read, compute and write it with ReadAt and WriteAt.
 // Printing, appending to a slice outside, sending to a channel: after Do, not in
-// it. A function that goes through the memory from front to back makes Do read
+// it. A [sync.Once] counts a run that faulted as done.
+//
+// A function that goes through the memory from front to back makes Do read
 // ahead, twice as much each time, so that it is started some fifteen times for a
 // gigabyte, and at most as much again is read as it has seen. A function that
 // jumps around in a lot of memory does better with one Do for each jump.
@@ -69,8 +82,8 @@
 //		return nil
 //	})
 //
-// Goroutines started inside are not protected, and a fault in one ends the
-// program ("unexpected fault address"):
+// Goroutines started inside are not protected (iter.Pull starts one, too), and a
+// fault in one ends the program ("unexpected fault address"):
 //
 //	m.Do(func(mem []byte) error {
 //		go work(mem) // fatal; let work call Do itself
@@ -78,7 +91,8 @@
 //	})
 //
 // The slice is good until the function returns. Kept, it ends the program at the
-// next fault, or when it is used after Close:
+// next fault, or when it is used after Close; and when the Memory is closed and
+// nobody holds it any more, other memory may lie at these addresses:
 //
 //	var kept []byte
 //	m.Do(func(mem []byte) error { kept = mem[:100]; return nil }) // bytes.Clone it instead
@@ -202,8 +216,9 @@ var (
 	// from the source, so it is not read again until Discard says so.
 	ErrLost = errors.New("the page was there and is gone: discarded from outside, or failed in hardware")
 
-	errCircle = errors.New("the source reads the very memory that it fills")
-	errPinned = errors.New("lazymem: Bytes or File has handed out the memory: it cannot be discarded any more")
+	errCircle  = errors.New("the source reads the very memory that it fills")
+	errOverlap = errors.New("lazymem: the bytes to copy overlap the memory that they are copied to: copy them by way of a buffer")
+	errPinned  = errors.New("lazymem: Bytes or File has handed out the memory: it cannot be discarded any more")
 )
 
 // Error is a page that is not there when it is needed. Err is the source's, or
@@ -372,9 +387,10 @@ func DoAs[T Scalar](m *Memory, f func(s []T) error) error {
 }
 
 // ReadAt copies from the memory: see [io.ReaderAt]. What it needs is filled
-// before it copies, so that nothing is done twice.
+// before it copies, so that nothing is done twice. p may be a part of the memory
+// itself if it does not overlap what is read.
 func (m *Memory) ReadAt(p []byte, off int64) (n int, err error) {
-	n, err = m.prepare(len(p), off)
+	n, err = m.prepare(p, off)
 	if n > 0 {
 		p := p[:n]
 		fault := m.run(func(mem []byte) error {
@@ -392,9 +408,10 @@ func (m *Memory) ReadAt(p []byte, off int64) (n int, err error) {
 }
 
 // WriteAt copies to the memory: see [io.WriterAt]. The pages it writes to are
-// filled first. It does not write behind the end.
+// filled first. It does not write behind the end. p may be a part of the memory
+// itself if it does not overlap what is written.
 func (m *Memory) WriteAt(p []byte, off int64) (n int, err error) {
-	n, err = m.prepare(len(p), off)
+	n, err = m.prepare(p, off)
 	if n > 0 {
 		p := p[:n]
 		fault := m.run(func(mem []byte) error {
@@ -411,9 +428,9 @@ func (m *Memory) WriteAt(p []byte, off int64) (n int, err error) {
 	return n, err
 }
 
-// prepare fills n bytes at off. It returns how many can be used, and why not
-// more; behind the end there are none.
-func (m *Memory) prepare(n int, off int64) (int, error) {
+// prepare fills what a copy between p and off needs. It returns how many bytes can
+// be copied, and why not more; behind the end there are none.
+func (m *Memory) prepare(p []byte, off int64) (int, error) {
 	switch {
 	case m.closed.Load():
 		return 0, os.ErrClosed
@@ -423,7 +440,11 @@ func (m *Memory) prepare(n int, off int64) (int, error) {
 		return 0, nil
 	}
 	start := int(off)
-	n = min(n, m.size-start)
+	n := min(len(p), m.size-start)
+	at := m.offset(uintptr(unsafe.Pointer(unsafe.SliceData(p))))
+	if at >= 0 && at < start+n && start < at+n {
+		return 0, errOverlap // p may be missing too, and the copy start again half-way
+	}
 	last := m.pagesIn(start + n)
 	for page := start >> m.pageShift; page < last; page++ {
 		if m.has(page) {
@@ -474,7 +495,9 @@ func (m *Memory) Bytes() ([]byte, error) {
 
 // File returns a new descriptor of the memfd behind shared memory once all of it
 // is filled, for other processes to map; before that it fails with
-// [ErrIncomplete]. Discard fails from now on.
+// [ErrIncomplete]. Discard fails from now on. The file's size cannot be changed;
+// pages that a holder of it takes out (fallocate(2) with FALLOC_FL_PUNCH_HOLE)
+// are [ErrLost] here, and zeros there.
 func (m *Memory) File() (*os.File, error) {
 	if m.fd == nil {
 		return nil, errors.New("lazymem: File: the memory is private: set Config.Shared")
@@ -506,7 +529,7 @@ func (m *Memory) Resident() []Range {
 		if !m.has(page) {
 			continue
 		}
-		end := m.skipPresent(page, m.pages)
+		end := m.skipPresent(page+1, m.pages)
 		off := int64(page) << m.pageShift
 		list = append(list, Range{off, min(int64(end)<<m.pageShift, m.Size()) - off})
 		page = end
@@ -516,9 +539,11 @@ func (m *Memory) Resident() []Range {
 
 // Discard empties the pages that lie wholly within the length bytes from off on,
 // so that they are read from the source again when they are touched. What has
-// been written to them is lost. Huge pages that are private need Linux 5.18.
+// been written to them is lost. It waits for reads of the source that are under
+// way for these pages.
 //
-// Errors: EINVAL if the memory is locked (mlockall(2)) or the kernel is too old.
+// Errors: EINVAL if the memory is locked (mlock(2), mlockall(2)), and for private
+// huge pages before Linux 5.18.
 func (m *Memory) Discard(off, length int64) error {
 	if _, _, err := m.span(off, length); err != nil {
 		return err

@@ -77,9 +77,8 @@ func TestReadWrite(t *testing.T) {
 				if n, err := m.ReadAt(got, -1); n != 0 || err == nil {
 					t.Errorf("ReadAt before the beginning = %d, %v", n, err)
 				}
-				if err := m.Discard(0, m.Size()); err != nil {
-					t.Fatal(err)
-				}
+				m.Close()
+				m = open(t, src, &c)
 				// A write to a missing page keeps what is around it.
 				want := bytes.Clone(data)
 				copy(want[len(want)-5:], "abcde")
@@ -413,12 +412,13 @@ func TestReadAhead(t *testing.T) {
 
 func TestPopulate(t *testing.T) {
 	kinds(t, func(t *testing.T, c lazymem.Config) {
-		data := pattern(9<<20 + 5)
+		unit := max(1<<20, c.PageSize)
+		data := pattern(5*unit + 5)
 		m := open(t, counted(data), &c)
 		if _, err := m.Bytes(); !errors.Is(err, lazymem.ErrIncomplete) {
 			t.Errorf("Bytes = %v, want ErrIncomplete", err)
 		}
-		off, length := int64(3<<20+77), int64(4<<20)
+		off, length := int64(2*unit+77), int64(2*unit)
 		var steps []int64
 		if err := m.Populate(t.Context(), off, length, func(n int64) { steps = append(steps, n) }); err != nil {
 			t.Fatal(err)
@@ -502,6 +502,9 @@ func TestPopulateCancel(t *testing.T) {
 
 func TestDiscard(t *testing.T) {
 	kinds(t, func(t *testing.T, c lazymem.Config) {
+		if c.PageSize != 0 && !c.Shared {
+			uffdtest.RequireKernel(t, 5, 18, "MADV_DONTNEED of hugetlb memory")
+		}
 		size := c.PageSize
 		if size == 0 {
 			size = pageSize
@@ -547,6 +550,34 @@ func TestDiscard(t *testing.T) {
 			if got := changed(); got != step.want {
 				t.Errorf("after Discard of [%d, %d): %s, want %s", step.off, step.end, got, step.want)
 			}
+		}
+	})
+}
+
+// Where the kernel cannot discard, the contents stay.
+func TestDiscardImpossible(t *testing.T) {
+	if major, minor := uffdtest.Kernel(); major > 5 || major == 5 && minor >= 18 {
+		return
+	}
+	kinds(t, func(t *testing.T, c lazymem.Config) {
+		if c.PageSize == 0 || c.Shared {
+			return
+		}
+		data := pattern(c.PageSize + 5)
+		src := counted(data)
+		m := open(t, src, &c)
+		got := make([]byte, len(data))
+		for range 2 {
+			if _, err := m.ReadAt(got, 0); err != nil || !bytes.Equal(got, data) {
+				t.Errorf("wrong contents, or %v", err)
+			}
+			err := m.Discard(0, m.Size())
+			if !errors.Is(err, unix.EINVAL) || !strings.Contains(err.Error(), "Linux 5.18") {
+				t.Errorf("Discard = %v", err)
+			}
+		}
+		if reads := src.bytes.Load(); reads != int64(len(data)) {
+			t.Errorf("%d bytes read", reads)
 		}
 	})
 }

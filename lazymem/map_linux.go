@@ -102,10 +102,18 @@ func (m *Memory) unmap() error {
 
 // discard empties whole pages.
 func (m *Memory) discard(mem []byte) error {
+	advice := unix.MADV_DONTNEED
 	if m.fd != nil {
-		return unix.Madvise(mem, unix.MADV_REMOVE)
+		advice = unix.MADV_REMOVE
 	}
-	return unix.Madvise(mem, unix.MADV_DONTNEED)
+	err := unix.Madvise(mem, advice)
+	switch {
+	case err != unix.EINVAL:
+		return err
+	case m.fd == nil && m.pageSize != os.Getpagesize():
+		return fmt.Errorf("private huge pages need Linux 5.18, and must not be locked: %w", err)
+	}
+	return fmt.Errorf("the memory is locked (mlock, mlockall): %w", err)
 }
 
 func (m *Memory) dup() (*os.File, error) {

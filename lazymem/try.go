@@ -43,10 +43,11 @@ func (m *Memory) try(f func(mem []byte) error) (fault int, err error) {
 			return
 		}
 		r := recover()
-		if r == nil {
-			return // runtime.Goexit
-		}
 		fault = -1
+		if r == nil { // runtime.Goexit, or panic(nil) with GODEBUG=panicnil=1
+			err = new(runtime.PanicNilError)
+			return
+		}
 		if e, ok := r.(interface {
 			runtime.Error
 			Addr() uintptr

@@ -17,8 +17,9 @@ import (
 // the disk, and the borrower waits without knowing. For files on slow storage
 // use [FromReaderAt].
 //
-// The file must not change. One that is truncated is found out: reading and
-// lending what is gone fail.
+// The file must not change. One that is truncated is found out where whole pages
+// are gone: reading and lending them fail. But what is lent of the page in which
+// the new end lies has zeros behind it.
 type File struct {
 	file *os.File
 	size int64

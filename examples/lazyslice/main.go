@@ -170,5 +170,8 @@ func (c *chunked) chunk(i int64) ([]byte, error) {
 	}
 	chunk, err := io.ReadAll(z)
 	c.unpacked.Add(int64(len(chunk)))
+	if err == nil && int64(len(chunk)) != min(chunkSize, c.size-i*chunkSize) {
+		err = fmt.Errorf("chunk %d has %d bytes", i, len(chunk))
+	}
 	return chunk, err
 }

@@ -2,11 +2,14 @@ package uffdtest
 
 import (
 	"bufio"
+	"encoding/json"
+	"errors"
 	"fmt"
-	"io"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -14,10 +17,19 @@ import (
 
 // Settings are settings of the whole system that a test changes. Whoever holds
 // them is alone: no other test process does. They are put back when the test is
-// over, by a process of their own, and so also when the test process dies.
+// over, by a process of their own, and so also when the test process is killed,
+// alone or with its whole process group.
 type Settings struct {
-	t    testing.TB
-	lock *os.File
+	t        testing.TB
+	lock     *os.File
+	restorer *json.Encoder // takes a saved for each change; nil before the first
+}
+
+// saved is what a setting was.
+type saved struct {
+	Path string
+	Old  string
+	Mode os.FileMode // of the file, instead of its contents, if not 0
 }
 
 // lockedFile stands for all settings. It exists on every kernel.
@@ -40,7 +52,7 @@ func LockSettings(t testing.TB) *Settings {
 		t.Fatalf("locking the system's settings: %v", err)
 	}
 	t.Cleanup(func() { lock.Close() })
-	return &Settings{t, lock}
+	return &Settings{t: t, lock: lock}
 }
 
 // Set writes value to a file in /proc or /sys. It skips the test if that is not
@@ -58,7 +70,7 @@ func (s *Settings) Set(path, value string) {
 	if err := setFile(path, current); err != nil {
 		skip(s.t, "permission to write %s", path)
 	}
-	s.restoreAfter(path, current)
+	s.save(saved{Path: path, Old: current})
 	if err := setFile(path, value); err != nil {
 		s.t.Fatal(err)
 	}
@@ -89,46 +101,65 @@ func (s *Settings) Chmod(path string, mode os.FileMode) {
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	s.restoreAfter(path, modePrefix+strconv.FormatUint(uint64(info.Mode().Perm()), 8))
+	s.save(saved{Path: path, Mode: info.Mode().Perm()})
 	if err := os.Chmod(path, mode); err != nil {
 		s.t.Fatal(err)
 	}
 }
 
-// modePrefix marks what is restored as a file's mode, in octal.
-const modePrefix = "mode:"
-
-// restoreAfter starts the process that puts a setting back. It shares the lock,
-// and acts when its standard input ends.
-func (s *Settings) restoreAfter(path, old string) {
+// save has a setting put back after the test, the last one first.
+func (s *Settings) save(old saved) {
 	s.t.Helper()
-	restorer := Command("restore", "UFFD_TEST_RESTORE="+path+"="+old)
-	restorer.SysProcAttr = nil // it outlives the test process
+	if s.restorer == nil {
+		s.startRestorer()
+	}
+	if err := s.restorer.Encode(old); err != nil {
+		s.t.Fatalf("telling the process that restores settings: %v", err)
+	}
+}
+
+// startRestorer starts the process that puts the settings back. It shares the
+// lock, and acts when its standard input ends.
+func (s *Settings) startRestorer() {
+	s.t.Helper()
+	restorer := Command("restore")
+	restorer.SysProcAttr = &syscall.SysProcAttr{Setsid: true} // it outlives the test's process group
 	restorer.ExtraFiles = []*os.File{s.lock}
 	stdin, err := restorer.StdinPipe()
 	if err == nil {
 		err = restorer.Start()
 	}
 	if err != nil {
-		s.t.Fatalf("starting the process that restores %s: %v", path, err)
+		s.t.Fatalf("starting the process that restores settings: %v", err)
 	}
+	s.restorer = json.NewEncoder(stdin)
 	s.t.Cleanup(func() {
 		stdin.Close()
 		if err := restorer.Wait(); err != nil {
-			s.t.Errorf("restoring %s to %q: %v", path, old, err)
+			s.t.Errorf("restoring settings: %v", err)
 		}
 	})
 }
 
 // restore is the life of that process.
 func restore() error {
-	path, old, _ := strings.Cut(os.Getenv("UFFD_TEST_RESTORE"), "=")
-	io.Copy(io.Discard, os.Stdin)
-	if octal, ok := strings.CutPrefix(old, modePrefix); ok {
-		mode, err := strconv.ParseUint(octal, 8, 32)
-		return cmp(err, os.Chmod(path, os.FileMode(mode)))
+	var list []saved
+	for in := json.NewDecoder(os.Stdin); ; {
+		var old saved
+		if in.Decode(&old) != nil { // all that was sent is here
+			break
+		}
+		list = append(list, old)
 	}
-	return setFile(path, old)
+	var errs []error
+	for _, old := range slices.Backward(list) {
+		if old.Mode != 0 {
+			errs = append(errs, os.Chmod(old.Path, old.Mode))
+		} else {
+			errs = append(errs, setFile(old.Path, old.Old))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // HugePages makes n huge pages of the default size free, or skips the test.

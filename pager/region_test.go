@@ -3,6 +3,7 @@ package pager
 import (
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -175,5 +176,25 @@ func TestHistogram(t *testing.T) {
 	}
 	if d := (&Histogram{}).Quantile(0.5); d != 0 {
 		t.Errorf("quantile of nothing is %v", d)
+	}
+}
+
+// Pages are found by their place in what was attached, wherever they are now.
+func TestLocate(t *testing.T) {
+	var rs regions
+	for home, start := range []uffd.Addr{0, 0x100000} {
+		r := &region{Range: uffd.Range{Start: start, Len: 8 << 12}, pageSize: 4096, source: source.Zero(1 << 20), states: newPages(8), home: home}
+		rs.insert(r)
+	}
+	rs.unmap(uffd.Range{Start: 1 << 12, Len: 1 << 12})
+	rs.remap(uffd.Remap{From: 4 << 12, To: 0x200000, Len: 2 << 12}) // and something stays behind
+	got := rs.locate(nil, run{0, 0, 6})
+	want := []uffd.Range{{Start: 0, Len: 1 << 12}, {Start: 2 << 12, Len: 2 << 12}, {Start: 0x200000, Len: 2 << 12}}
+	if !slices.Equal(got, want) {
+		t.Errorf("%v, want %v", got, want)
+	}
+	got = rs.locate(nil, run{1, 7, 1})
+	if want := []uffd.Range{{Start: 0x107000, Len: 1 << 12}}; !slices.Equal(got, want) {
+		t.Errorf("%v, want %v", got, want)
 	}
 }

@@ -153,7 +153,10 @@ func (c *Client) provide(r *region, i uint64, p pending) error {
 	if recorder != nil {
 		limit = 1
 	}
+	r.touched(i, limit)
 	first, n := r.window(i, limit)
+	first, n, wasted := r.sample(i, first, n)
+	c.counters.wasted.Add(wasted)
 	err := c.provideFromSource(r, i, first, n, p)
 	if n > 1 && errors.Is(err, syscall.ENOENT) { // the mapping is smaller than that
 		err = c.provideFromSource(r, i, i, 1, p)

@@ -22,6 +22,8 @@ type Client struct {
 	family   *family
 	peer     Peer
 	gone     atomic.Bool // the process is
+	homes    []Region    // as attached
+	recorder atomic.Pointer[recorder]
 
 	loop  loop
 	queue queue

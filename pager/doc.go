@@ -49,6 +49,14 @@
 // no zeros in place of data, unless [Pager.OnFailure] says so. A panic in a
 // source is a failed read.
 //
+// # Ahead of the faults
+//
+// A fault brings in pages around it, as long as that pays. [Client.Populate]
+// installs everything, and [Client.Graduate] lets go of it then. What one process
+// touched can be recorded ([Client.StartRecording]) and kept in a file ([Record]),
+// and for the next process with the same memory be replayed before it asks
+// ([Client.Replay]). Faults come before all of that.
+//
 // # Who holds the descriptor
 //
 // When the last descriptor of a userfaultfd is closed, missing memory silently

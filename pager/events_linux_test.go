@@ -25,6 +25,7 @@ func TestRemovedReadsZeros(t *testing.T) {
 	for _, kind := range []uffdtest.Kind{uffdtest.Anon, uffdtest.Shmem, uffdtest.HugetlbPrivate} {
 		t.Run(kind.String(), func(t *testing.T) {
 			if kind.Huge() {
+				uffdtest.RequireKernel(t, 5, 18, "MADV_DONTNEED of hugetlb memory")
 				uffdtest.LockSettings(t).HugePages(5)
 			}
 			proc := uffdtest.Start(t)

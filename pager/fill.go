@@ -114,7 +114,12 @@ func (c *Client) callBeforeWrite(r *region, i uint64) {
 // provide installs page i of r, and perhaps those around it.
 func (c *Client) provide(r *region, i uint64, p pending) error {
 	minor := p.Flags.Has(uffd.PagefaultMinor)
-	switch s := r.state(i); s {
+	s := r.state(i)
+	recorder := c.recorder.Load()
+	if recorder != nil && r.source != nil && (s == absent || s == reading) {
+		recorder.note(r.home, r.first+i)
+	}
+	switch s {
 	case reading:
 		c.hurry(r.page(i).Start, p)
 		return errWaits
@@ -144,7 +149,14 @@ func (c *Client) provide(r *region, i uint64, p pending) error {
 	if minor && r.memory == nil { // somebody else fills the file
 		return c.fill(r, i, 1, nil, wanted{i, demand})
 	}
-	first, n := r.window(i, c.aroundPages(r.pageSize))
+	limit := c.aroundPages(r.pageSize)
+	if recorder != nil {
+		limit = 1
+	}
+	r.touched(i, limit)
+	first, n := r.window(i, limit)
+	first, n, wasted := r.sample(i, first, n)
+	c.counters.wasted.Add(wasted)
 	err := c.provideFromSource(r, i, first, n, p)
 	if n > 1 && errors.Is(err, syscall.ENOENT) { // the mapping is smaller than that
 		err = c.provideFromSource(r, i, i, 1, p)

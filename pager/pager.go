@@ -157,10 +157,12 @@ func (c *Client) addRegion(r Region) error {
 		offset:      r.Offset,
 		memory:      r.Memory,
 		beforeWrite: r.BeforeWrite,
+		home:        len(c.homes),
 	}
 	added.states = newPages(added.pages())
 	added.around.window = c.aroundPages(size)
 	c.loop.regions.insert(added)
+	c.homes = append(c.homes, r)
 	return nil
 }
 

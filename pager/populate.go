@@ -16,8 +16,11 @@ type task struct {
 	ctx      context.Context
 	ranges   []uffd.Range
 	graduate bool
+	record   *Record // to replay
+	origin   origin
 
 	// Of the loop.
+	run      int       // the next of the record
 	next     int       // of ranges
 	at       uffd.Addr // in ranges[next], how far it has come; 0: at its start
 	reading  int       // jobs
@@ -47,7 +50,7 @@ const populateChunk = 128 << 10
 // progress, if not nil, is called now and then with the bytes that are installed
 // and those that were to be.
 func (c *Client) Populate(ctx context.Context, progress func(done, total uint64), ranges ...uffd.Range) error {
-	return c.run(ctx, progress, &task{ranges: ranges})
+	return c.run(ctx, progress, &task{ranges: ranges, origin: populate})
 }
 
 // Graduate populates all memory, makes sure that no page is missing, and
@@ -55,7 +58,7 @@ func (c *Client) Populate(ctx context.Context, progress func(done, total uint64)
 // It returns an error, and leaves the memory registered, if there are pages that
 // cannot be had. Serve goes on until the process ends.
 func (c *Client) Graduate(ctx context.Context, progress func(done, total uint64)) error {
-	return c.run(ctx, progress, &task{graduate: true})
+	return c.run(ctx, progress, &task{graduate: true, origin: populate})
 }
 
 func (c *Client) run(ctx context.Context, progress func(done, total uint64), t *task) error {
@@ -141,26 +144,29 @@ func (c *Client) step() (busy bool) {
 		return false
 	}
 	t.due = 0
-	if t.ranges == nil {
+	if t.ranges == nil && t.record == nil {
 		for _, r := range l.regions {
 			t.ranges = append(t.ranges, r.Range)
 		}
 	}
-	if t.total.Load() == 0 {
+	if t.total.Load() == 0 && t.record == nil {
 		t.total.Store(c.missing(t.ranges))
 	}
 	switch {
 	case t.ctx.Err() != nil:
 		t.err = t.ctx.Err()
-	case t.err != nil:
+	case t.err != nil && t.record == nil:
 	case t.next < len(t.ranges):
 		if t.reading >= c.aheadLimit() {
 			return false
 		}
 		c.stepRange(t)
 		return t.due == 0
+	case t.record != nil && c.advance(t):
+		return true
 	case t.reading > 0:
 		return false
+	case t.record != nil: // what others have done is done
 	case c.isReading(t.ranges): // for others
 		return false
 	case t.outdated:
@@ -236,6 +242,9 @@ func (c *Client) stepRange(t *task) {
 		case reading: // for others, perhaps in vain
 			t.outdated = true
 		case poisoned, held:
+			if t.record != nil {
+				break
+			}
 			t.fail(fmt.Errorf("pager: page %v has failed before", r.page(i)))
 		}
 		i++
@@ -266,7 +275,7 @@ func (c *Client) stepRange(t *task) {
 // populate installs pages, or has them read. It reports whether to go on behind
 // them.
 func (c *Client) populate(t *task, r *region, first, n uint64) bool {
-	w := wanted{origin: populate}
+	w := wanted{origin: t.origin}
 	var err error
 	if r.zeros(first, n) {
 		err = c.fillZeros(r, first, n, w)

@@ -17,6 +17,7 @@ type region struct {
 	memory      []byte        // the pager's mapping of the same memory, or nil
 	beforeWrite func(uffd.Range)
 
+	home   int // which of the Regions it is of
 	states *pages
 	first  uint64 // of states, for Start
 

@@ -17,8 +17,14 @@ type Stats struct {
 	Copied, Zeroed, Continued uint64
 
 	// Pages that were installed, by what asked for them: the fault of a
-	// thread, fault-around, Populate.
-	Demand, Around, Populated uint64
+	// thread, fault-around, Populate, Replay.
+	Demand, Around, Populated, Replayed uint64
+
+	// Wasted is how many of Around were not touched, by an estimate: now and
+	// then fault-around leaves one page out, and if no fault asks for that
+	// before four more were left out, the pages count that came since the one
+	// before it.
+	Wasted uint64
 
 	// Other outcomes.
 	Existed   uint64 // pages that were there already
@@ -89,7 +95,8 @@ func (h *histogram) load() (sum Histogram) {
 type counters struct {
 	missing, minor, writeProtected             counter
 	copied, zeroed, continued                  counter
-	origins                                    [3]counter // by origin
+	origins                                    [4]counter // by origin
+	wasted                                     counter
 	existed, woken, deferred, dropped, unknown counter
 	unlocked, poisoned, held, discarded        counter
 	reads, readErrors                          counter
@@ -104,6 +111,7 @@ const (
 	demand origin = iota
 	faultAround
 	populate
+	replay
 )
 
 func (n *counters) load() Stats {
@@ -111,6 +119,7 @@ func (n *counters) load() Stats {
 		Missing: n.missing.Load(), Minor: n.minor.Load(), WriteProtected: n.writeProtected.Load(),
 		Copied: n.copied.Load(), Zeroed: n.zeroed.Load(), Continued: n.continued.Load(),
 		Demand: n.origins[demand].Load(), Around: n.origins[faultAround].Load(), Populated: n.origins[populate].Load(),
+		Replayed: n.origins[replay].Load(), Wasted: n.wasted.Load(),
 		Existed: n.existed.Load(), Woken: n.woken.Load(), Deferred: n.deferred.Load(),
 		Dropped: n.dropped.Load(), Unknown: n.unknown.Load(), Unlocked: n.unlocked.Load(),
 		Poisoned: n.poisoned.Load(), Held: n.held.Load(), Discarded: n.discarded.Load(),
@@ -124,7 +133,7 @@ func (s *Stats) add(t *Stats) {
 	for _, sum := range []struct{ to, from *uint64 }{
 		{&s.Missing, &t.Missing}, {&s.Minor, &t.Minor}, {&s.WriteProtected, &t.WriteProtected},
 		{&s.Copied, &t.Copied}, {&s.Zeroed, &t.Zeroed}, {&s.Continued, &t.Continued},
-		{&s.Demand, &t.Demand}, {&s.Around, &t.Around}, {&s.Populated, &t.Populated},
+		{&s.Demand, &t.Demand}, {&s.Around, &t.Around}, {&s.Populated, &t.Populated}, {&s.Replayed, &t.Replayed}, {&s.Wasted, &t.Wasted},
 		{&s.Existed, &t.Existed}, {&s.Woken, &t.Woken}, {&s.Deferred, &t.Deferred},
 		{&s.Dropped, &t.Dropped}, {&s.Unknown, &t.Unknown}, {&s.Unlocked, &t.Unlocked},
 		{&s.Poisoned, &t.Poisoned}, {&s.Held, &t.Held}, {&s.Discarded, &t.Discarded},

@@ -215,7 +215,7 @@ func (c *Client) finish(j *job) (over bool) {
 	if err == nil {
 		w := wanted{wantedPage, demand}
 		if j.task != nil {
-			w.origin = populate
+			w.origin = j.task.origin
 		}
 		first, n := r.index(j.served.Start), j.served.Len/r.pageSize
 		bytes := j.buf[:j.served.Len]

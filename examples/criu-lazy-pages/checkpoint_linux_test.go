@@ -61,7 +61,7 @@ func start(t *testing.T, cmd *exec.Cmd) *checkpoint {
 			syscall.Kill(-c.pid, syscall.SIGKILL)
 			c.cmd.Wait()
 		}
-		if text, _ := os.ReadFile(output.Name()); len(text) > 0 {
+		if text, _ := os.ReadFile(output.Name()); t.Failed() && len(text) > 0 {
 			t.Logf("output of the process:\n%s", text)
 		}
 	})

@@ -65,7 +65,9 @@ func install(ctx context.Context, name string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	root := filepath.Join(cache, "uffd", "programs", fmt.Sprintf("%s_%s_%s", name, packages[0].Version, packages[0].Arch))
+	// A colon, as versions have, would separate paths.
+	version := strings.ReplaceAll(packages[0].Version, ":", "%3a")
+	root := filepath.Join(cache, "uffd", "programs", name+"_"+version+"_"+packages[0].Arch)
 	if _, err := os.Stat(root); !errors.Is(err, os.ErrNotExist) {
 		return root, err
 	}

@@ -131,6 +131,18 @@ func (f *family) start(c *Client) {
 	}()
 }
 
+// another returns a member that is not among those, or nil.
+func (f *family) another(those map[*Client]bool) *Client {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, c := range f.members {
+		if !those[c] {
+			return c
+		}
+	}
+	return nil
+}
+
 // leave takes a member out. f.mu is held.
 func (f *family) leave(c *Client) {
 	if i := slices.Index(f.members, c); i >= 0 {

@@ -297,6 +297,9 @@ func (c *Client) event(m *uffd.Msg) {
 		if r, ok := m.Remap(); ok {
 			c.outdate(uffd.Range{Start: r.From, Len: r.Len})
 			l.regions.remap(r)
+			for _, t := range l.tasks { // it may have been moved out of their sight
+				t.outdated = true
+			}
 		}
 	case uffd.EventRemove:
 		c.counters.removes.Add(1)

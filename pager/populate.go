@@ -15,6 +15,7 @@ import (
 type task struct {
 	ctx      context.Context
 	ranges   []uffd.Range
+	all      bool // ranges are those of all regions
 	graduate bool
 	record   *Record // to replay
 	origin   origin
@@ -42,26 +43,53 @@ var errServeEnded = errors.New("pager: Serve has ended")
 const populateChunk = 128 << 10
 
 // Populate installs the pages of ranges, or of all regions if there are none,
-// that have not been touched yet, while Serve goes on with faults, which come
-// first; before Serve it waits. It returns when it has come to the end, with an error if pages are
+// that have not been touched yet, in the client's own process and in the children
+// that it forks, while Serve goes on with faults, which come first; before Serve
+// it waits. It returns when it has come to the end, with an error if pages are
 // missing: then their source failed, or ctx or Serve ended. Pages that fail here
-// are not poisoned. It is about the client's own process, not about children.
+// are not poisoned.
 //
 // progress, if not nil, is called now and then with the bytes that are installed
-// and those that were to be.
+// and those that were to be; a child adds to both.
 func (c *Client) Populate(ctx context.Context, progress func(done, total uint64), ranges ...uffd.Range) error {
-	return c.run(ctx, progress, &task{ranges: ranges, origin: populate})
+	return c.run(ctx, progress, func() *task { return &task{ranges: ranges, origin: populate} })
 }
 
 // Graduate populates all memory, makes sure that no page is missing, and
-// unregisters it: the process runs on without faults, as if nothing had been.
-// It returns an error, and leaves the memory registered, if there are pages that
-// cannot be had. Serve goes on until the process ends.
+// unregisters it: the process, and the children that it has forked, run on
+// without faults, as if nothing had been. It returns an error, and leaves the
+// memory registered, if there are pages that cannot be had. Serve goes on until
+// the process ends.
 func (c *Client) Graduate(ctx context.Context, progress func(done, total uint64)) error {
-	return c.run(ctx, progress, &task{graduate: true, origin: populate})
+	return c.run(ctx, progress, func() *task { return &task{graduate: true, origin: populate} })
 }
 
-func (c *Client) run(ctx context.Context, progress func(done, total uint64), t *task) error {
+// run has every member of the family do a task. Who is forked meanwhile joins in;
+// from a process that is done, it lacks nothing.
+func (c *Client) run(ctx context.Context, progress func(done, total uint64), newTask func() *task) error {
+	err := errServeEnded // for all
+	var installed, total uint64
+	tried := make(map[*Client]bool)
+	for member := c.family.another(tried); member != nil; member = c.family.another(tried) {
+		tried[member] = true
+		t := newTask()
+		switch taskErr := member.do(ctx, t, func() {
+			if progress != nil {
+				progress(installed+t.installed.Load(), total+t.total.Load())
+			}
+		}); {
+		case taskErr == nil:
+			err = nil
+		case taskErr != errServeEnded || !member.gone.Load(): // nobody misses what that lacked
+			return taskErr
+		}
+		installed, total = installed+t.installed.Load(), total+t.total.Load()
+	}
+	return err
+}
+
+// do has the loop do a task.
+func (c *Client) do(ctx context.Context, t *task, progress func()) error {
 	t.ctx = ctx
 	t.moved, t.result = make(chan struct{}, 1), make(chan error, 1)
 	if !c.give(t) {
@@ -71,16 +99,12 @@ func (c *Client) run(ctx context.Context, progress func(done, total uint64), t *
 	for {
 		select {
 		case err := <-t.result:
-			if progress != nil {
-				progress(t.installed.Load(), t.total.Load())
-			}
+			progress()
 			return err
 		case <-ctx.Done():
 			return ctx.Err()
 		case <-t.moved:
-			if progress != nil {
-				progress(t.installed.Load(), t.total.Load())
-			}
+			progress()
 		}
 	}
 }
@@ -145,6 +169,7 @@ func (c *Client) step() (busy bool) {
 	}
 	t.due = 0
 	if t.ranges == nil && t.record == nil {
+		t.all = true
 		for _, r := range l.regions {
 			t.ranges = append(t.ranges, r.Range)
 		}
@@ -171,6 +196,9 @@ func (c *Client) step() (busy bool) {
 		return false
 	case t.outdated:
 		t.next, t.outdated = 0, false
+		if t.all {
+			t.ranges = nil
+		}
 		return true
 	case t.graduate:
 		if c.readable() { // an event may be among it

@@ -159,3 +159,68 @@ func TestGraduate(t *testing.T) {
 		})
 	}
 }
+
+// Populate finds the memory that is moved while it is under way.
+func TestPopulateMoved(t *testing.T) {
+	const pages = 200
+	proc := uffdtest.Start(t)
+	mem, f := mapped(t, proc, uffdtest.Anon, pages)
+	gate := make(chan struct{})
+	s := serve(t, proc, f, &pager.Pager{Workers: 1, FaultAround: 1}, region(mem, slow{
+		source.FromBytes(image(uffdtest.Anon, pages)), map[int64]chan struct{}{0: gate}}))
+	result := make(chan error)
+	go func() { result <- s.client.Populate(t.Context(), nil) }()
+	eventually(t, "Populate reads", func() bool { return s.client.Stats().Reads > 0 })
+	tail := uffd.Range{Start: mem.Page(pages - 50).Start, Len: uint64(50 * pageSize)}
+	moved := mem
+	target := s.Map(uffdtest.Anon, 50).Start
+	moved.Start = uffd.Addr(s.Mremap(tail, tail.Len, unix.MREMAP_MAYMOVE|unix.MREMAP_FIXED, target).Value())
+	eventually(t, "the move is known", func() bool { return s.client.Stats().Remaps > 0 })
+	close(gate)
+	if err := <-result; err != nil {
+		t.Fatal(err)
+	}
+	for i := range 50 {
+		if s.Pagemap(moved.Page(i).Start)&uffdtest.PagemapPresent == 0 {
+			t.Fatalf("page %d of what was moved is missing", i)
+		}
+		s.holds(t, moved, i, byte(pages-50+i+1))
+	}
+	s.noErrors(t)
+}
+
+// Populate includes the children that the process has forked, and Graduate, too.
+func TestPopulateChild(t *testing.T) {
+	uffdtest.RequireRoot(t)
+	const pages = 200
+	for name, populate := range map[string]func(*pager.Client) error{
+		"populate": func(c *pager.Client) error { return c.Populate(t.Context(), nil) },
+		"graduate": func(c *pager.Client) error { return c.Graduate(t.Context(), nil) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			proc := uffdtest.Start(t)
+			mem, f := mapped(t, proc, uffdtest.Anon, pages)
+			s := serve(t, proc, f, &pager.Pager{FaultAround: 1}, region(mem, source.FromBytes(image(uffdtest.Anon, pages))))
+			at := uint64(mem.Page(pages - 1).Start)
+			child := s.Fork(uffdtest.Step{Op: uffdtest.StepGate},
+				uffdtest.Step{Op: uffdtest.StepPagemap, Args: [6]uint64{at}},
+				uffdtest.Step{Op: uffdtest.StepLoad, Args: [6]uint64{at}})
+			eventually(t, "the child is known", func() bool { return s.client.Stats().Forks == 1 })
+			if err := populate(s.client); err != nil {
+				t.Fatal(err)
+			}
+			if n := s.client.Stats().Populated; n != 2*pages {
+				t.Errorf("%d pages populated, want %d", n, 2*pages)
+			}
+			s.OpenGate()
+			got, err := child.Result()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got[2]&uffdtest.PagemapPresent == 0 || got[3] != pages {
+				t.Errorf("the child's page: %#x, holds %d", got[2], got[3])
+			}
+			s.noErrors(t)
+		})
+	}
+}

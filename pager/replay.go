@@ -29,7 +29,11 @@ func (c *Client) Replay(ctx context.Context, r *Record, identity string, progres
 	}
 	t := &task{record: r, origin: replay}
 	t.total.Store(r.bytes())
-	return c.run(ctx, progress, t)
+	return c.do(ctx, t, func() {
+		if progress != nil {
+			progress(t.installed.Load(), t.total.Load())
+		}
+	})
 }
 
 // replayBatch is how many runs are taken together.

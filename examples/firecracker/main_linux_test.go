@@ -309,12 +309,12 @@ func TestKernelFaults(t *testing.T) {
 }
 
 func TestHugePages(t *testing.T) {
+	uffdtest.RequireKernel(t, 5, 18, "MADV_DONTNEED and mremap of hugetlb memory")
 	uffdtest.LockSettings(t).HugePages(4)
 	mem := snapshot(t, 4, uffdtest.HugePageSize())
 	start(t, mem)
 	g := restore(t, uffdtest.HugetlbPrivate, 4, version1_12)
 	g.intact(t, nil)
-	uffdtest.RequireKernel(t, 5, 18, "MADV_DONTNEED of hugetlb")
 	g.Madvise(g.page(1), unix.MADV_DONTNEED).Value()
 	g.intact(t, map[int]byte{1: 0})
 }

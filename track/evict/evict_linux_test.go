@@ -157,9 +157,11 @@ func TestHot(t *testing.T) {
 		return n
 	}
 	cold := hot
-	var last uint64
-	for range 60 {
-		last = missed()
+	var last uint64 // of them, in the second half
+	for round := range 60 {
+		if n := missed(); round >= 30 {
+			last += n
+		}
 		for range 20 {
 			s.p.Load(s.mem.Page(cold).Start).Value()
 			if cold++; cold == pages {
@@ -168,7 +170,7 @@ func TestHot(t *testing.T) {
 		}
 	}
 	if last != 0 {
-		t.Errorf("%d of %d pages that are used all the time are evicted still: %+v", last, hot, s.Stats())
+		t.Errorf("%d times one of %d pages was missing that are used all the time: %+v", last, hot, s.Stats())
 	}
 }
 
@@ -272,17 +274,23 @@ func TestSystemCalls(t *testing.T) {
 func TestDiscarded(t *testing.T) {
 	s := start(t, 64, 16, nil)
 	s.p.Fill(s.mem.Range, 9).Value()
-	last := s.mem.Page(63)
-	s.p.Madvise(last, unix.MADV_REMOVE).Value()
-	if bad := s.p.Check(last, 0).Value(); bad != 0 {
-		t.Errorf("%d bytes are not zero", bad)
-	}
-	for i := range 63 {
+	first := s.mem.Page(0)
+	s.p.Load(first.Start).Value() // it comes back, and differs not from the backing file
+	s.p.Madvise(first, unix.MADV_REMOVE).Value()
+	for i := 1; i < 10; i++ {
 		if bad := s.p.Check(s.mem.Page(i), 9).Value(); bad != 0 {
 			t.Errorf("page %d: %d bytes differ", i, bad)
 		}
 	}
-	if bad := s.p.Check(last, 0).Value(); bad != 0 {
+	if bad := s.p.Check(first, 0).Value(); bad != 0 {
+		t.Errorf("%d bytes are not zero", bad)
+	}
+	for i := 1; i < 64; i++ {
+		if bad := s.p.Check(s.mem.Page(i), 9).Value(); bad != 0 {
+			t.Errorf("page %d: %d bytes differ", i, bad)
+		}
+	}
+	if bad := s.p.Check(first, 0).Value(); bad != 0 {
 		t.Errorf("after it was evicted: %d bytes are not zero", bad)
 	}
 }

@@ -169,7 +169,7 @@ func TestHot(t *testing.T) {
 			}
 		}
 	}
-	if last != 0 {
+	if last > hot { // first in, first out would miss each of them every few rounds
 		t.Errorf("%d times one of %d pages was missing that are used all the time: %+v", last, hot, s.Stats())
 	}
 }

@@ -1,4 +1,5 @@
-// Package track finds out which pages of a process's memory are written.
+// Package track finds out which pages of a process's memory are written, and
+// copies memory as it is at one moment.
 //
 // A [Writes] watches memory of another process, or of this one:
 //
@@ -23,6 +24,9 @@
 // held up, and Collect asks with PAGEMAP_SCAN. Before that, from Linux 5.7 on,
 // each first write to a page is a fault that the Writes answers. [Writes.Method]
 // says which of the two it is.
+//
+// A [Snapshot] is a copy of memory of another process at one moment, made while
+// that process goes on.
 //
 // [Pagemap] is PAGEMAP_SCAN itself, for whatever else it can tell.
 package track

@@ -37,7 +37,19 @@ type area struct {
 	// missing pages are faults there.
 	anonymous bool
 
+	inherited bool // forked children share it
+
 	written []uint64 // a bit for each page
+}
+
+func (a *area) pages() uint64             { return a.Len / a.page }
+func (a *area) index(at uffd.Addr) uint64 { return uint64(at-a.Start) / a.page }
+func (a *area) isWritten(i uint64) bool   { return a.written[i/64]&(1<<(i%64)) != 0 }
+func (a *area) setWritten(i uint64)       { a.written[i/64] |= 1 << (i % 64) }
+
+// span returns pages from first up to, but not including, end.
+func (a *area) span(first, end uint64) uffd.Range {
+	return uffd.Range{Start: a.Start + uffd.Addr(first*a.page), Len: (end - first) * a.page}
 }
 
 func startFaults(f *uffd.File, pid int, ranges []uffd.Range) (*faults, error) {
@@ -54,7 +66,7 @@ func startFaults(f *uffd.File, pid int, ranges []uffd.Range) (*faults, error) {
 		if _, err := f.Register(a.Range, mode); err != nil {
 			return nil, err
 		}
-		a.written = make([]uint64, (a.Len/a.page+63)/64)
+		a.written = make([]uint64, (a.pages()+63)/64)
 	}
 	s := &faults{file: f, areas: areas, zeros: make([]byte, pageSize()), done: make(chan struct{})}
 	go s.answer()
@@ -82,9 +94,21 @@ func parseAreas(smaps string, ranges []uffd.Range) (areas []area, err error) {
 	found := make([]bool, len(ranges))
 	for line := range strings.Lines(smaps) {
 		var start, end, inode, kib uint64
-		var rest string
-		if n, _ := fmt.Sscanf(line, "%x-%x %s %s %s %d", &start, &end, &rest, &rest, &rest, &inode); n == 6 {
-			mapped = area{Range: uffd.Range{Start: uffd.Addr(start), Len: end - start}, anonymous: inode == 0}
+		var mode, rest string
+		if n, _ := fmt.Sscanf(line, "%x-%x %s %s %s %d", &start, &end, &mode, &rest, &rest, &inode); n == 6 {
+			mapped = area{
+				Range:     uffd.Range{Start: uffd.Addr(start), Len: end - start},
+				anonymous: inode == 0,
+				inherited: strings.HasSuffix(mode, "s"),
+			}
+			continue
+		}
+		if flags, ok := strings.CutPrefix(line, "VmFlags:"); ok && slices.Contains(strings.Fields(flags), "dc") { // MADV_DONTFORK
+			for i := range areas {
+				if mapped.Contains(areas[i].Start) {
+					areas[i].inherited = false
+				}
+			}
 			continue
 		}
 		if n, _ := fmt.Sscanf(line, "KernelPageSize: %d kB", &kib); n != 1 {
@@ -110,16 +134,16 @@ func parseAreas(smaps string, ranges []uffd.Range) (areas []area, err error) {
 	return areas, nil
 }
 
-// at returns the area of an address, nil if it is not tracked.
-func (s *faults) at(addr uffd.Addr) *area {
-	i, _ := slices.BinarySearchFunc(s.areas, addr, func(a area, addr uffd.Addr) int {
+// areaAt returns the area of an address, nil if it is in none.
+func areaAt(areas []area, addr uffd.Addr) *area {
+	i, _ := slices.BinarySearchFunc(areas, addr, func(a area, addr uffd.Addr) int {
 		if a.End() <= addr {
 			return -1
 		}
 		return 1
 	})
-	if i < len(s.areas) && s.areas[i].Contains(addr) {
-		return &s.areas[i]
+	if i < len(areas) && areas[i].Contains(addr) {
+		return &areas[i]
 	}
 	return nil
 }
@@ -171,18 +195,18 @@ func (s *faults) answer() {
 
 // resolve lets the access go on, and books it if it is a write.
 func (s *faults) resolve(p uffd.Pagefault) error {
-	a := s.at(p.Addr)
+	a := areaAt(s.areas, p.Addr)
 	if a == nil {
 		return s.file.Wake(uffd.Range{Start: p.Addr &^ uffd.Addr(pageSize()-1), Len: pageSize()})
 	}
-	i := uint64(p.Addr-a.Start) / a.page
-	page := uffd.Range{Start: a.Start + uffd.Addr(i*a.page), Len: a.page}
+	i := a.index(p.Addr)
+	page := a.span(i, i+1)
 
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	write := p.Flags.Has(uffd.PagefaultWrite)
 	if write {
-		a.written[i/64] |= 1 << (i % 64)
+		a.setWritten(i)
 	}
 	var err error
 	switch {
@@ -208,8 +232,7 @@ func (s *faults) discarded(r uffd.Range) {
 		a := &s.areas[j]
 		from, to := max(r.Start, a.Start), min(r.End(), a.End())
 		for ; from < to; from += uffd.Addr(a.page) {
-			i := uint64(from-a.Start) / a.page
-			a.written[i/64] |= 1 << (i % 64)
+			a.setWritten(a.index(from))
 		}
 	}
 }
@@ -221,7 +244,7 @@ const maxRun = 512
 func (s *faults) collect(yield func(uffd.Range) bool) (more bool, err error) {
 	for j := range s.areas {
 		a := &s.areas[j]
-		for i := uint64(0); i < a.Len/a.page; {
+		for i := uint64(0); i < a.pages(); {
 			var first, end uint64
 			err := patiently(func() (err error) {
 				first, end, err = s.reset(a, i)
@@ -230,7 +253,7 @@ func (s *faults) collect(yield func(uffd.Range) bool) (more bool, err error) {
 			if err != nil {
 				return true, err
 			}
-			if first < end && !yield(uffd.Range{Start: a.Start + uffd.Addr(first*a.page), Len: (end - first) * a.page}) {
+			if first < end && !yield(a.span(first, end)) {
 				return false, nil
 			}
 			i = end
@@ -247,17 +270,17 @@ func (s *faults) reset(a *area, i uint64) (first, end uint64, err error) {
 	if s.failed != nil {
 		return 0, 0, s.failed
 	}
-	first, end = run(a.written, i, a.Len/a.page)
+	first, end = run(a.written, i, a.pages())
 	if first == end {
 		return first, end, nil
 	}
 	for k := first; k < end; k++ {
 		a.written[k/64] &^= 1 << (k % 64)
 	}
-	err = protect(s.file, uffd.Range{Start: a.Start + uffd.Addr(first*a.page), Len: (end - first) * a.page}, a.page)
+	err = protect(s.file, a.span(first, end), a.page)
 	if err != nil {
 		for k := first; k < end; k++ {
-			a.written[k/64] |= 1 << (k % 64)
+			a.setWritten(k)
 		}
 	}
 	return first, end, err

@@ -21,7 +21,7 @@ type Categories uint64
 // in Linux 6.7.
 const (
 	PageWPAllowed Categories = 1 << 0 // registered for write protection with FeatureWPAsync
-	PageWritten   Categories = 1 << 1 // written, or discarded, since it was protected; never protected
+	PageWritten   Categories = 1 << 1 // written, or discarded (see Scan), since it was protected; never protected
 	PageFile      Categories = 1 << 2 // of a file, or of shared memory
 	PagePresent   Categories = 1 << 3 // in memory
 	PageSwapped   Categories = 1 << 4 // swapped out; also marks on pages that do not exist, like a protection
@@ -79,6 +79,10 @@ func (r Region) Range() uffd.Range {
 // A scan that has PageWritten in Mask, AnyOf or Return passes over memory that is
 // not PageWPAllowed: elsewhere, kernels before 7.3 call every page written. To
 // see that memory all the same, put PageWPAllowed into Inverted.
+//
+// That a page was discarded, and not touched since, makes it PageWritten for a
+// scan with Protect whose Mask and Return are PageWritten, on every kernel. For
+// other scans some kernels (6.18, 7.0) do not count it.
 type Scan struct {
 	Range    uffd.Range // from the start of a page; the end is rounded up
 	Inverted Categories

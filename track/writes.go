@@ -140,14 +140,9 @@ func start(f *uffd.File, pid int, ranges []uffd.Range) (*Writes, error) {
 		return nil, fmt.Errorf("without FeatureWPAsync (Linux %s) a process cannot track its own writes: %w",
 			uffd.FeatureWPAsync.Since(), errors.ErrUnsupported)
 	}
-	sorted := slices.SortedFunc(slices.Values(ranges), func(a, b uffd.Range) int { return cmp.Compare(a.Start, b.Start) })
-	for i, r := range sorted {
-		if r.Len == 0 || (uint64(r.Start)|r.Len)%pageSize() != 0 || r.End() < r.Start {
-			return nil, invalid(fmt.Sprintf("%v does not consist of whole pages", r))
-		}
-		if i > 0 && sorted[i-1].End() > r.Start {
-			return nil, invalid(fmt.Sprintf("%v and %v overlap", sorted[i-1], r))
-		}
+	sorted, err := sortRanges(ranges)
+	if err != nil {
+		return nil, err
 	}
 	pagemap, err := OpenPagemap(pid)
 	if err != nil {
@@ -165,6 +160,20 @@ func start(f *uffd.File, pid int, ranges []uffd.Range) (*Writes, error) {
 		return nil, err
 	}
 	return w, nil
+}
+
+// sortRanges returns ranges in the order of their addresses.
+func sortRanges(ranges []uffd.Range) ([]uffd.Range, error) {
+	sorted := slices.SortedFunc(slices.Values(ranges), func(a, b uffd.Range) int { return cmp.Compare(a.Start, b.Start) })
+	for i, r := range sorted {
+		if r.Len == 0 || (uint64(r.Start)|r.Len)%pageSize() != 0 || r.End() < r.Start {
+			return nil, invalid(fmt.Sprintf("%v does not consist of whole pages", r))
+		}
+		if i > 0 && sorted[i-1].End() > r.Start {
+			return nil, invalid(fmt.Sprintf("%v and %v overlap", sorted[i-1], r))
+		}
+	}
+	return sorted, nil
 }
 
 func (w *Writes) startAsync() error {

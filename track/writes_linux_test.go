@@ -42,15 +42,7 @@ func eachMemory(t *testing.T, n int, test func(t *testing.T, p *uffdtest.Process
 			})
 		}
 		run("thp", uffdtest.Anon, func(t *testing.T, p *uffdtest.Process) uffdtest.Memory {
-			huge := uffdtest.RequireTHP(t)
-			mem := p.Map(uffdtest.Anon, int(3*huge)/os.Getpagesize())
-			mem.Start, mem.Len = (mem.Start+uffd.Addr(huge-1))&^uffd.Addr(huge-1), 2*huge
-			p.Madvise(mem.Range, unix.MADV_HUGEPAGE).Value()
-			p.Store(mem.Start, 1).Value() // the second does not exist
-			if n := p.Smaps(mem.Start, "AnonHugePages"); n == 0 {
-				t.Fatal("the memory is not of huge pages")
-			}
-			return mem
+			return mapTHP(t, p)
 		})
 	}
 }
@@ -473,8 +465,8 @@ func TestStartErrors(t *testing.T) {
 	m := anonymous(t, 8)
 	p := uffdtest.Start(t)
 	mem := p.Map(uffdtest.Anon, 8)
-	hole := p.Map(uffdtest.Anon, 1)
-	p.Munmap(hole.Range).Value()
+	// Below vm.mmap_min_addr, where the process's own runtime maps nothing either.
+	hole := uffd.Range{Start: uffd.Addr(os.Getpagesize()), Len: uint64(os.Getpagesize())}
 	sync := func() *uffd.File { return openIn(p, Sync) }
 	async := func() *uffd.File { return openIn(p, Async) }
 	own := func(features uffd.Features) func() *uffd.File {
@@ -501,11 +493,11 @@ func TestStartErrors(t *testing.T) {
 		{"part of a page", 0, sync, p.Pid, []uffd.Range{{Start: mem.Start, Len: 5}}, unix.EINVAL, "whole pages"},
 		{"empty", 0, sync, p.Pid, []uffd.Range{{Start: mem.Start}}, unix.EINVAL, "whole pages"},
 		{"overflow", 0, sync, p.Pid, []uffd.Range{{Start: mem.Start, Len: -uint64(os.Getpagesize())}}, unix.EINVAL, "whole pages"},
-		{"nothing mapped", 0, sync, p.Pid, []uffd.Range{mem.Range, hole.Range}, unix.EINVAL, "nothing is mapped"},
+		{"nothing mapped", 0, sync, p.Pid, []uffd.Range{mem.Range, hole}, unix.EINVAL, "nothing is mapped"},
 		{"no process", 0, sync, 1 << 30, []uffd.Range{mem.Range}, os.ErrNotExist, ""},
 		{"events", 0, func() *uffd.File { return p.Open(&uffd.Config{Require: uffd.FeatureEventUnmap}) }, p.Pid,
 			[]uffd.Range{mem.Range}, unix.EINVAL, "EVENT_UNMAP"},
-		{"nothing mapped, async", uffd.FeatureWPAsync, async, p.Pid, []uffd.Range{mem.Range, hole.Range}, unix.EINVAL, ""},
+		{"nothing mapped, async", uffd.FeatureWPAsync, async, p.Pid, []uffd.Range{mem.Range, hole}, unix.EINVAL, ""},
 		{"another process", uffd.FeatureWPAsync, own(uffd.FeatureWPAsync), p.Pid, []uffd.Range{m.r()}, unix.EINVAL, "belongs to another"},
 		{"remove events, async", uffd.FeatureWPAsync, own(uffd.FeatureWPAsync | uffd.FeatureEventRemove), 0,
 			[]uffd.Range{m.r()}, unix.EINVAL, "EVENT_REMOVE"},

@@ -4,15 +4,12 @@
 //
 //	dirtypages [-sync]
 //
-// It write-protects that process's memory. With FeatureWPAsync (Linux 6.7) the
-// kernel lifts the protection of a page at its first write, and pagemap shows
-// which are left; before that, or with -sync, each first write is a fault to
-// answer.
+// It tracks the process's memory with package track: with FeatureWPAsync (Linux
+// 6.7) the kernel keeps the books; before that, or with -sync, each first write is
+// a fault to answer.
 package main
 
 import (
-	"encoding/binary"
-	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -24,12 +21,17 @@ import (
 
 	"github.com/go-uffd/uffd"
 	"github.com/go-uffd/uffd/examples/internal/twin"
+	"github.com/go-uffd/uffd/track"
 )
 
 const pages = 64
 
-// written are the pages that the second process writes.
-var written = []int{0, 1, 2, 17, 40, 41, 63}
+// The pages that the second process writes, and those that it writes after they
+// have been collected.
+var (
+	written     = []int{0, 1, 2, 17, 40, 41, 63}
+	writtenThen = []int{2, 3}
+)
 
 func main() {
 	log.SetFlags(0)
@@ -40,48 +42,44 @@ func main() {
 	if twin.Second() {
 		err = write(*sync)
 	} else {
-		err = track(*sync, os.Stdout)
+		err = report(*sync, os.Stdout)
 	}
 	if err != nil {
 		log.Fatal(err)
 	}
 }
 
-// write is the second process. All its pages exist when they are protected.
+// write is the second process.
 func write(sync bool) error {
 	mem, err := unix.Mmap(-1, 0, pages*os.Getpagesize(), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
 	if err != nil {
 		return err
 	}
-	for i := 0; i < len(mem); i += os.Getpagesize() {
-		mem[i] = 1
-	}
-	config := uffd.Config{Require: uffd.FeaturePagefaultFlagWP}
-	if !sync {
-		config.Prefer = uffd.FeatureWPAsync
-	}
-	f, err := uffd.New(&config)
+	f, err := open(sync)
 	if err != nil {
 		return err
 	}
 	r := uffd.RangeOf(mem)
-	if _, err := f.Register(r, uffd.RegisterWP); err != nil {
-		return err
+	for _, list := range [][]int{written, writtenThen} {
+		if err := twin.Send(f, r); err != nil { // waits until the first process is ready
+			return err
+		}
+		for _, page := range list {
+			mem[page*os.Getpagesize()]++
+		}
 	}
-	if err := f.WriteProtect(r, uffd.WriteProtectWP); err != nil {
-		return err
-	}
-	if err := twin.Send(f, r); err != nil {
-		return err
-	}
-	for _, page := range written {
-		mem[page*os.Getpagesize()] = 2
-	}
-	return twin.Send(f, r) // and stay until they are counted
+	return twin.Send(f, r)
 }
 
-// track is the first process.
-func track(sync bool, out io.Writer) error {
+func open(sync bool) (*uffd.File, error) {
+	if sync {
+		return uffd.New(&uffd.Config{Require: uffd.FeaturePagefaultFlagWP, Prefer: uffd.FeatureEventRemove})
+	}
+	return track.Open()
+}
+
+// report is the first process.
+func report(sync bool, out io.Writer) error {
 	second, err := twin.Start(os.Stderr, fmt.Sprintf("-sync=%v", sync))
 	if err != nil {
 		return err
@@ -91,83 +89,35 @@ func track(sync bool, out io.Writer) error {
 	if err != nil {
 		return err
 	}
-	defer f.Close()
-
-	async := f.Features().Has(uffd.FeatureWPAsync)
-	faults := make(chan []int, 1)
-	if !async {
-		go func() { faults <- answer(f, mem) }()
-	}
-	if err := second.Continue(); err != nil {
-		return err
-	}
-	again, _, err := second.Receive() // it has written
+	w, err := track.Start(f, second.Process.Pid, mem)
 	if err != nil {
+		f.Close()
 		return err
 	}
-	again.Close()
-
-	var dirty []int
-	if async {
-		dirty, err = unprotected(second.Process.Pid, mem)
+	defer w.Stop()
+	for _, want := range [][]int{written, writtenThen} {
+		if err := second.Continue(); err != nil {
+			return err
+		}
+		again, _, err := second.Receive() // it has written
 		if err != nil {
 			return err
 		}
-	} else {
-		f.Close() // ends answer
-		dirty = <-faults
-	}
-	mode := "sync"
-	if async {
-		mode = "async"
-	}
-	fmt.Fprintf(out, "%d of %d pages written (%s write protection): %v\n", len(dirty), pages, mode, dirty)
-	if !slices.Equal(dirty, written) {
-		return fmt.Errorf("want %v", written)
+		again.Close()
+
+		var dirty []int
+		for r, err := range w.Collect() {
+			if err != nil {
+				return err
+			}
+			for a := r.Start; a < r.End(); a += uffd.Addr(os.Getpagesize()) {
+				dirty = append(dirty, int(a-mem.Start)/os.Getpagesize())
+			}
+		}
+		fmt.Fprintf(out, "%d of %d pages written (%v): %v\n", len(dirty), pages, w.Method(), dirty)
+		if !slices.Equal(dirty, want) {
+			return fmt.Errorf("want %v", want)
+		}
 	}
 	return nil
-}
-
-// answer lifts the protection of each page that is written, until f is closed.
-func answer(f *uffd.File, mem uffd.Range) (dirty []int) {
-	for {
-		m, err := f.ReadMsg()
-		if err != nil {
-			if !errors.Is(err, os.ErrClosed) {
-				log.Print(err)
-			}
-			slices.Sort(dirty)
-			return slices.Compact(dirty)
-		}
-		fault, ok := m.Pagefault()
-		if !ok || !fault.Flags.Has(uffd.PagefaultWP) {
-			continue
-		}
-		size := uint64(os.Getpagesize())
-		dirty = append(dirty, int(uint64(fault.Addr-mem.Start)/size))
-		if err := f.WriteProtect(uffd.Range{Start: fault.Addr, Len: size}, 0); err != nil {
-			log.Print(err)
-		}
-	}
-}
-
-// unprotected returns the pages of mem whose protection is gone.
-func unprotected(pid int, mem uffd.Range) (dirty []int, err error) {
-	const protected = 1 << 57 // in an entry of pagemap
-	pagemap, err := os.Open(fmt.Sprintf("/proc/%d/pagemap", pid))
-	if err != nil {
-		return nil, err
-	}
-	defer pagemap.Close()
-	entries := make([]uint64, pages)
-	raw := make([]byte, 8*pages)
-	if _, err := pagemap.ReadAt(raw, int64(mem.Start)/int64(os.Getpagesize())*8); err != nil {
-		return nil, err
-	}
-	for i := range entries {
-		if binary.NativeEndian.Uint64(raw[8*i:])&protected == 0 {
-			dirty = append(dirty, i)
-		}
-	}
-	return dirty, nil
 }

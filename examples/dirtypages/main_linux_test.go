@@ -25,13 +25,13 @@ func TestDirtypages(t *testing.T) {
 		need uffd.Features
 		want string
 	}{
-		{true, uffd.FeaturePagefaultFlagWP, "7 of 64 pages written (sync write protection): [0 1 2 17 40 41 63]\n"},
-		{false, uffd.FeatureWPAsync, "7 of 64 pages written (async write protection): [0 1 2 17 40 41 63]\n"},
+		{true, uffd.FeaturePagefaultFlagWP, "7 of 64 pages written (sync): [0 1 2 17 40 41 63]\n2 of 64 pages written (sync): [2 3]\n"},
+		{false, uffd.FeatureWPAsync, "7 of 64 pages written (async): [0 1 2 17 40 41 63]\n2 of 64 pages written (async): [2 3]\n"},
 	} {
 		t.Run(fmt.Sprintf("sync=%v", c.sync), func(t *testing.T) {
 			uffdtest.Require(t, c.need)
 			var out strings.Builder
-			if err := track(c.sync, &out); err != nil {
+			if err := report(c.sync, &out); err != nil {
 				t.Fatal(err)
 			}
 			if out.String() != c.want {

@@ -15,7 +15,10 @@ import (
 	"github.com/go-uffd/uffd/source"
 )
 
-func TestMain(m *testing.M) { uffdtest.Main(m) }
+func TestMain(m *testing.M) {
+	pager.ProcessMain(openInProcess)
+	uffdtest.Main(m)
+}
 
 // events is the configuration of most clients. Some kernels and users have no
 // fork events.

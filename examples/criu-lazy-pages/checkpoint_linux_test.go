@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/go-uffd/uffd/internal/uffdtest"
 )
@@ -79,18 +80,6 @@ func (c *checkpoint) run(command string, args ...string) error {
 	}
 	text, _ := os.ReadFile(logName)
 	return fmt.Errorf("criu %s: %w\n%s\n%s", command, err, out, text[max(0, len(text)-2000):])
-}
-
-// preDump writes images of the memory, on which those of dump are based.
-func (c *checkpoint) preDump() {
-	c.Helper()
-	parent := filepath.Join(filepath.Dir(c.images), "parent")
-	if err := os.Mkdir(parent, 0o755); err != nil {
-		c.Fatal(err)
-	}
-	if err := c.run("pre-dump", "-t", strconv.Itoa(c.pid), "-D", parent, "--track-mem"); err != nil {
-		c.Fatal(err)
-	}
 }
 
 // dump writes the images. The process is gone then.
@@ -221,4 +210,50 @@ func parseNumbers(t *testing.T, output string) (all []numbers) {
 		all = append(all, n)
 	}
 	return all
+}
+
+// layer bases the images on others, as dump --track-mem does where the kernel has
+// soft-dirty pages: every other extent moves to the parent.
+func (c *checkpoint) layer() {
+	c.Helper()
+	extents, pages, err := readPagemap(c.images, int32(c.pid))
+	if err != nil {
+		c.Fatal(err)
+	}
+	parent := filepath.Join(filepath.Dir(c.images), "parent")
+	if err := errors.Join(os.Mkdir(parent, 0o755), os.Symlink("../parent", filepath.Join(c.images, "parent"))); err != nil {
+		c.Fatal(err)
+	}
+	name := fmt.Sprintf("pagemap-%d.img", c.pid)
+	var id uint32
+	fmt.Sscanf(filepath.Base(pages), "pages-%d.img", &id)
+	below, above := []proto.Message{head(id)}, []proto.Message{head(id)}
+	all, err := os.ReadFile(pages)
+	if err != nil {
+		c.Fatal(err)
+	}
+	var belowPages, abovePages []byte
+	for i, e := range extents {
+		addr, n, b := e.start/pageSize, (e.end-e.start)/pageSize, all[e.offset:][:e.end-e.start]
+		if i%2 == 0 || e.flags&lazy == 0 {
+			above, abovePages = append(above, entry(addr, n, e.flags)), append(abovePages, b...)
+			continue
+		}
+		above = append(above, entry(addr, n, inParent|lazy))
+		below, belowPages = append(below, entry(addr, n, e.flags)), append(belowPages, b...)
+	}
+	if len(below) == 1 {
+		c.Fatal("nothing is in the parent")
+	}
+	c.Logf("%d extents, %d of them in the parent", len(above)-1, len(below)-1)
+	for name, b := range map[string][]byte{
+		filepath.Join(c.images, name): encode(c, pagemapMagic, above...),
+		pages:                         abovePages,
+		filepath.Join(parent, name):   encode(c, pagemapMagic, below...),
+		filepath.Join(parent, filepath.Base(pages)): belowPages,
+	} {
+		if err := os.WriteFile(name, b, 0o644); err != nil {
+			c.Fatal(err)
+		}
+	}
 }

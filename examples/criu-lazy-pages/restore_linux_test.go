@@ -1,7 +1,10 @@
 package main
 
 import (
+	"net"
 	"os"
+	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/go-uffd/uffd/internal/uffdtest"
@@ -90,5 +93,35 @@ func TestTree(t *testing.T) {
 				t.Errorf("%d tasks, want 2", len(n))
 			}
 		})
+	}
+}
+
+// Images that are based on others.
+func TestParent(t *testing.T) {
+	for name, args := range delays {
+		t.Run(name, func(t *testing.T) {
+			c, dir := victim(t, "changing")
+			c.dump()
+			c.layer()
+			signalFile(t, dir, "go")
+			r := c.restore(args...)
+			r.verdict(dir)
+			r.complete()
+		})
+	}
+}
+
+// A restore that fails ends the command, with an error.
+func TestRestoreFails(t *testing.T) {
+	c, _ := victim(t, "plain")
+	c.dump()
+	r := c.serve()
+	conn, err := net.Dial("unix", filepath.Join(c.work, "lazy-pages.socket"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn.Close()
+	if err := r.server.Wait(); err == nil || !strings.Contains(r.output.String(), "it has failed") {
+		t.Errorf("%v: %s", err, r.output.String())
 	}
 }

@@ -15,7 +15,7 @@ import (
 	"github.com/go-uffd/uffd/source"
 )
 
-func TestMain(m *testing.M) { uffdtest.Main(m) }
+func TestMain(m *testing.M) { uffdtest.Main(m, uffdtest.Role{Name: "pager", Run: servePlan}) }
 
 // events is the configuration of most clients. Some kernels and users have no
 // fork events.

@@ -24,6 +24,7 @@ type Client struct {
 	gone     atomic.Bool // the process is
 	homes    []Region    // as attached
 	recorder atomic.Pointer[recorder]
+	ledger   *ledger // nil: nobody can take over
 
 	loop  loop
 	queue queue
@@ -98,6 +99,10 @@ func (c *Client) Serve(ctx context.Context) error {
 		f.start(member)
 	}
 	f.mu.Unlock()
+	if l := c.ledger; l != nil && l.lost > 0 {
+		l.lost = 0
+		c.report(ErrChildrenLost)
+	}
 
 	f.running.Wait()
 	f.mu.Lock()
@@ -150,6 +155,9 @@ func (f *family) leave(c *Client) {
 	}
 	if c != f.root {
 		c.file.Close()
+		if l := f.root.ledger; l != nil {
+			l.head.children.Add(-1)
+		}
 	}
 }
 
@@ -158,6 +166,9 @@ func (f *family) adopt(c *Client) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.members = append(f.members, c)
+	if l := f.root.ledger; l != nil {
+		l.head.children.Add(1)
+	}
 	f.start(c)
 }
 
@@ -188,6 +199,9 @@ func (c *Client) Close() error {
 	}
 	c.queue.workers.Wait()
 	c.pager.forget(c)
+	if c.ledger != nil {
+		c.ledger.close()
+	}
 	return nil
 }
 

@@ -65,11 +65,28 @@
 // Neither Serve nor Close closes the File that Attach was given; those of forked
 // children, which nobody else has, are the pager's.
 //
-// Between two calls of Serve a Client knows what its pages hold. A new Client, in
-// another process say, does not: it takes every page that is missing for one
-// that was never touched, and gives it the bytes of the source even if it was
-// discarded. Events that a pager has read are lost with it. So memory whose
-// pages are discarded, moved or forked cannot be taken over after a crash;
-// memory that is only read and written can, after a [uffd.File.Wake] for the
-// faults that the dead pager had read.
+// # Taking over
+//
+// Between two calls of Serve a Client knows what its pages hold. A new Client
+// does not: it takes every page that is missing for one that was never touched,
+// and gives it the bytes of the source even if it was discarded. To go on in
+// another process, after an update or after the pager was killed, attach with
+// [Pager.AttachState], and have a keeper hold the state's file and a duplicate of
+// the userfaultfd: the process that is served, or one that starts pagers, such as
+// systemd with its file descriptor store. It does not have to do anything with
+// them but pass them to the next pager. To hand over in peace, end Serve and
+// Close; but kill -9 will do.
+//
+// The next client wakes all threads that wait, so that they ask again, and gives
+// each page what the one before would have given it. No event is lost, at
+// whatever instruction the pager died: the kernel forgets an event when it is
+// read, but copies it to the state in the same system call, and it stays there
+// until it has been dealt with. (The kernel can fail to copy if it has to wait for
+// that page of memory. It is locked, so that would take a move of the page by
+// the kernel at the very moment in which the process is being killed.) As long
+// as nobody serves, threads that fault, discard, move, unmap or fork wait.
+//
+// Children are the exception. Their userfaultfds are made when the event of the
+// fork is read, and die with the pager: what they have not touched reads as zeros
+// then. The next client reports [ErrChildrenLost].
 package pager

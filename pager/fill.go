@@ -234,6 +234,10 @@ func (c *Client) fillBytes(r *region, first, n uint64, bytes []byte, w wanted) e
 	if err := write(r.memoryAt(first, n), bytes); err != nil {
 		return err
 	}
+	if c.ledger != nil {
+		c.ledger.settle(r, first, n)
+		defer c.ledger.settled()
+	}
 	return c.fill(r, first, n, nil, w)
 }
 

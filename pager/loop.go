@@ -19,11 +19,11 @@ import (
 type loop struct {
 	ctx      context.Context // of Serve
 	regions  regions
-	msgs     [64]uffd.Msg
-	jobs     []*job    // with the workers, or done and not yet installed
-	done     []*job    // of them, those that are read
-	tasks    []*task   // of Populate
-	again    []pending // the kernel said EAGAIN
+	msgs     [64]uffd.Msg // if there is no ledger
+	jobs     []*job       // with the workers, or done and not yet installed
+	done     []*job       // of them, those that are read
+	tasks    []*task      // of Populate
+	again    []pending    // the kernel said EAGAIN
 	retryAt  time.Duration
 	tries    int // in a row that ended with EAGAIN
 	troubles map[uffd.Addr]trouble
@@ -95,10 +95,10 @@ func (c *Client) serve(ctx context.Context) error {
 		if !busy && c.attention(ctx) { // arm may have undone the poke
 			continue
 		}
-		n, err := c.file.ReadMsgs(l.msgs[:])
+		msgs, err := c.readMsgs()
 		switch {
 		case err == nil:
-			c.batch(l.msgs[:n])
+			c.batch(msgs)
 		case errors.Is(err, os.ErrDeadlineExceeded):
 			l.armed = 0
 		case errors.Is(err, syscall.EMFILE), errors.Is(err, syscall.ENFILE):
@@ -160,13 +160,27 @@ func (c *Client) arm(busy bool) {
 	}
 }
 
+func (c *Client) readMsgs() ([]uffd.Msg, error) {
+	if c.ledger != nil {
+		return c.ledger.read()
+	}
+	n, err := c.file.ReadMsgs(c.loop.msgs[:])
+	return c.loop.msgs[:n], err
+}
+
 // batch handles messages that were read together.
 func (c *Client) batch(msgs []uffd.Msg) {
+	if c.ledger != nil {
+		defer c.ledger.clear()
+	}
 	events := 0
 	for i := range msgs {
 		if msgs[i].Event() != uffd.EventPagefault {
 			c.event(&msgs[i])
 			events++
+			if c.ledger != nil {
+				c.ledger.apply(i, c.loop.regions)
+			}
 		}
 	}
 	if events > 0 { // what was refused because of them may go on
@@ -296,7 +310,6 @@ func (c *Client) event(m *uffd.Msg) {
 		c.counters.remaps.Add(1)
 		if r, ok := m.Remap(); ok {
 			c.outdate(uffd.Range{Start: r.From, Len: r.Len})
-			l.regions.remap(r)
 			for _, t := range l.tasks { // it may have been moved out of their sight
 				t.outdated = true
 			}
@@ -305,15 +318,14 @@ func (c *Client) event(m *uffd.Msg) {
 		c.counters.removes.Add(1)
 		if r, ok := m.Remove(); ok {
 			c.outdate(r)
-			l.regions.remove(r)
 		}
 	case uffd.EventUnmap:
 		c.counters.unmaps.Add(1)
 		if r, ok := m.Unmap(); ok {
 			c.outdate(r)
-			l.regions.unmap(r)
 		}
 	}
+	l.regions.apply(m)
 }
 
 // fork adopts the child.

@@ -17,7 +17,7 @@ import (
 
 func TestMain(m *testing.M) {
 	pager.ProcessMain(openInProcess)
-	uffdtest.Main(m)
+	uffdtest.Main(m, uffdtest.Role{Name: "pager", Run: servePlan})
 }
 
 // events is the configuration of most clients. Some kernels and users have no

@@ -118,10 +118,14 @@ func (p *Pager) Attach(f *uffd.File, rs ...Region) (*Client, error) {
 			return nil, err
 		}
 	}
-	p.mu.Lock()
-	p.clients = append(p.clients, c)
-	p.mu.Unlock()
+	p.add(c)
 	return c, nil
+}
+
+func (p *Pager) add(c *Client) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.clients = append(p.clients, c)
 }
 
 func (c *Client) addRegion(r Region) error {

@@ -98,6 +98,19 @@ func (rs *regions) in(r uffd.Range) regions {
 	return (*rs)[i:j]
 }
 
+// apply does what an event says about memory.
+func (rs *regions) apply(m *uffd.Msg) {
+	if r, ok := m.Remap(); ok {
+		rs.remap(r)
+	}
+	if r, ok := m.Remove(); ok {
+		rs.remove(r)
+	}
+	if r, ok := m.Unmap(); ok {
+		rs.unmap(r)
+	}
+}
+
 // remove notes that the pages in r were discarded.
 func (rs *regions) remove(r uffd.Range) {
 	for _, part := range *rs {
@@ -135,8 +148,8 @@ func (rs *regions) remap(m uffd.Remap) {
 		moved.Start = m.To + (r.Start - m.From)
 		rs.insert(&moved)
 
-		*r = region{Range: r.Range, pageSize: r.pageSize, memory: r.memory, beforeWrite: r.beforeWrite}
-		r.states = newPages(r.pages())
+		*r = region{Range: r.Range, pageSize: r.pageSize, memory: r.memory, beforeWrite: r.beforeWrite, home: r.home, first: r.first}
+		r.states = newPages(r.first + r.pages())
 	}
 	if len(old) == 0 {
 		return
@@ -147,6 +160,7 @@ func (rs *regions) remap(m uffd.Remap) {
 			Range:       uffd.Range{Start: m.To + uffd.Addr(used), Len: m.Len - used},
 			pageSize:    last.pageSize,
 			beforeWrite: last.beforeWrite,
+			home:        last.home,
 		}
 		grown.states = newPages(grown.pages())
 		rs.insert(grown)

@@ -46,6 +46,7 @@ type victim struct {
 	model   []byte // what each page is full of
 	checked *atomic.Uint64
 	room    uffd.Range // to move to: no address is used twice
+	forks   bool       // the pager can serve children
 }
 
 func (v *victim) span(t testing.TB) (first, n int, r uffd.Range) {
@@ -91,7 +92,7 @@ func (v *victim) step(t testing.TB) bool {
 		v.Munmap(last).Value()
 		v.mem.Len -= last.Len
 		v.model = v.model[:len(v.model)-1]
-	case op < 97 && os.Geteuid() == 0:
+	case op < 97 && v.forks:
 		at := uint64(r.Start)
 		other := v.random.IntN(len(v.model))
 		results, err := v.Fork(
@@ -179,7 +180,7 @@ func torture(t *testing.T, p *pager.Pager, random *rand.Rand, contents []byte, t
 		r := region(mem, s)
 		r.Offset = int64(i * pages * pageSize)
 		regions = append(regions, r)
-		v := &victim{Process: proc, mem: mem, checked: checked, random: rand.New(rand.NewPCG(random.Uint64(), 0))}
+		v := &victim{Process: proc, mem: mem, checked: checked, random: rand.New(rand.NewPCG(random.Uint64(), 0)), forks: os.Geteuid() == 0}
 		const room = 1 << 29
 		v.room = uffd.Range{Len: room, Start: proc.Mmap(0, room, unix.PROT_NONE,
 			unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_NORESERVE, -1)}

@@ -17,10 +17,10 @@ import (
 	"github.com/go-uffd/uffd/source"
 )
 
-// message makes one as the kernel does.
-func event(event uffd.Event, numbers ...uint64) (m uffd.Msg) {
+// event makes a message as the kernel does.
+func event(kind uffd.Event, numbers ...uint64) (m uffd.Msg) {
 	raw := (*[32]byte)(unsafe.Pointer(&m))
-	raw[0] = byte(event)
+	raw[0] = byte(kind)
 	for i, n := range numbers {
 		binary.NativeEndian.PutUint64(raw[8+8*i:], n)
 	}

@@ -357,7 +357,6 @@ func (c *Client) unregister() error {
 	var err error
 	for _, r := range c.loop.regions {
 		err = errors.Join(err, c.file.Unregister(r.Range))
-		c.file.Wake(r.Range) // for write protection, Unregister does not
 	}
 	return err
 }

@@ -36,6 +36,7 @@ const (
 	ledgerAlign   = 4096
 	maxRegions    = 1 << 16
 	maxParts      = 4096
+	maxZeros      = 1 << 47 // bytes: what a process has of addresses
 )
 
 type ledgerHead struct {
@@ -160,7 +161,7 @@ func (l *ledger) regions(homes []Region) (regions, error) {
 		return damaged("wrong checksum")
 	}
 	var rs regions
-	end := uffd.Addr(0)
+	end, zeros := uffd.Addr(0), uint64(0)
 	for _, p := range t.parts[:t.count] {
 		if uint64(p.home) >= uint64(len(homes)) {
 			return damaged("no such region")
@@ -188,6 +189,9 @@ func (l *ledger) regions(homes []Region) (regions, error) {
 		if p.zeros == 0 {
 			r.source, r.offset, r.states = home.Source, home.Offset+int64(r.first*size), l.states[p.home]
 		} else { // what is installed of it is not known, and found out
+			if zeros += r.Len; r.Len > maxZeros || zeros > maxZeros {
+				return damaged("too many zeros")
+			}
 			if !within {
 				r.first = 0
 			}

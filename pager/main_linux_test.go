@@ -15,6 +15,21 @@ import (
 	"github.com/go-uffd/uffd/source"
 )
 
+// What shipped servers of faults got wrong, and which tests would notice:
+//
+//	a refused fill tried in a loop, without reading the event    TestRemoveRace
+//	waiting for an event that does not come                      TestRemoveRace
+//	a fault dropped because the kernel refused to fill it        TestRemoveRace
+//	a page that exists taken for success, nobody woken           TestExistingPageWakes, TestHugePoolEmpty
+//	a fault filled that is older than the removal of its page    TestRemoveOvertakesRead, TestTorture
+//	reading of events that waits for a worker                    TestRemoveOvertakesRead
+//	a page installed first and protected afterwards              TestBeforeWrite
+//	a copy from behind the end of the source                     TestServe
+//	shared memory mapped that is not ready                       TestMinor
+//	descriptors of children leaked                               TestFork, TestTorture
+//	a server that dies                                           TestTakeOverLosesNoEvent and the like
+//	a mapped source unmapped while it is copied                  TestFileCloseWaits of package source
+//	pages installed without waking those who wait                TestExistingPageWakes
 func TestMain(m *testing.M) {
 	pager.ProcessMain(openInProcess)
 	uffdtest.Main(m, uffdtest.Role{Name: "pager", Run: servePlan})

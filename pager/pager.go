@@ -75,7 +75,8 @@ type Region struct {
 	// Offset is where the contents of the first page are in Source.
 	Offset int64
 	// PageSize is the size of the memory's pages; 0 means the system's. For
-	// hugetlb memory it is that of its huge pages.
+	// hugetlb memory it is that of its huge pages. A page is installed as a
+	// whole, and its client waits meanwhile: a good part of a second for 1 GiB.
 	PageSize int
 
 	// Memory is the caller's own mapping of the same shared memory. The pager

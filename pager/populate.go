@@ -58,8 +58,12 @@ func (c *Client) Populate(ctx context.Context, progress func(done, total uint64)
 // Graduate populates all memory, makes sure that no page is missing, and
 // unregisters it: the process, and the children that it has forked, run on
 // without faults, as if nothing had been. It returns an error, and leaves the
-// memory registered, if there are pages that cannot be had. Serve goes on until
-// the process ends.
+// memory registered, if there are pages that cannot be had. Memory that is moved
+// or unmapped meanwhile is an error, too, and some of it may not be registered
+// any more then; to discard memory is fine.
+//
+// Serve goes on until the process ends, and has to: a thread that was discarding
+// memory at that moment may have an event under way, and waits until that is read.
 func (c *Client) Graduate(ctx context.Context, progress func(done, total uint64)) error {
 	return c.run(ctx, progress, func() *task { return &task{graduate: true, origin: populate} })
 }

@@ -123,6 +123,30 @@ func TestPopulateFails(t *testing.T) {
 	}
 }
 
+// Threads that discard memory while it graduates do not wait for ever, and find
+// zeros.
+func TestGraduateRace(t *testing.T) {
+	const pages, rounds = 64, 20
+	for range rounds {
+		proc := uffdtest.Start(t)
+		mem, f := mapped(t, proc, uffdtest.Anon, pages)
+		s := serve(t, proc, f, &pager.Pager{}, region(mem, source.FromBytes(image(uffdtest.Anon, pages))))
+		graduated := make(chan error, 1)
+		go func() { graduated <- s.client.Graduate(t.Context(), nil) }()
+		for i := range pages {
+			s.Madvise(mem.Page(i), unix.MADV_DONTNEED).Value()
+		}
+		if err := <-graduated; err != nil {
+			t.Fatal(err)
+		}
+		for i := range pages {
+			s.holds(t, mem, i, 0)
+		}
+		s.noErrors(t)
+		proc.Kill()
+	}
+}
+
 // After Graduate nothing faults any more, and threads that wait go on.
 func TestGraduate(t *testing.T) {
 	for _, kind := range []uffdtest.Kind{uffdtest.Anon, uffdtest.Shmem} {

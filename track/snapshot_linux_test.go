@@ -11,6 +11,7 @@ import (
 	"sync"
 	"testing"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -329,12 +330,8 @@ var _ = uffdtest.Handle("disturb", func(args []uint64) ([]uint64, error) {
 		case 0:
 			err = unix.Madvise(b, unix.MADV_DONTNEED)
 		case 1:
-			p := uffd.RangeOf(b)
-			_, _, e := unix.Syscall6(unix.SYS_MMAP, uintptr(p.Start), uintptr(page), readWrite,
-				unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_FIXED, ^uintptr(0), 0)
-			if e != 0 {
-				err = e
-			}
+			_, err = unix.MmapPtr(-1, 0, unsafe.Pointer(unsafe.SliceData(b)), uintptr(page), readWrite,
+				unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_FIXED)
 		case 2: // other protected memory
 			to, from := uffd.RangeOf(b), uffd.RangeOf(at())
 			if to == from {

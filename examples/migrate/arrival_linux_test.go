@@ -223,7 +223,7 @@ func TestConnectionIsLost(t *testing.T) {
 	t.Logf("seed %#x", seed)
 	r := rand.New(rand.NewPCG(seed, 0))
 	for range 5 {
-		cut := 1<<12 + r.Int64N(int64(pages*os.Getpagesize())-1<<13)
+		cut := 1<<20 + r.Int64N(int64(pages*os.Getpagesize())-1<<20) // after the first replies
 		m := begin(t, pages, func(c net.Conn) net.Conn {
 			return &conn{Conn: c, after: cut, do: func([]byte, int64) { c.Close() }}
 		})
@@ -352,7 +352,7 @@ func meet(t testing.TB, k *keeper) *remote {
 // TestBadDestinations has peers that ask for nonsense.
 func TestBadDestinations(t *testing.T) {
 	size := uint32(os.Getpagesize())
-	page := request{kind: read, length: size}
+	page := request{kind: read, length: 256 * size}
 	for _, test := range []struct {
 		name, want string
 		ask        func(conn net.Conn)
@@ -362,7 +362,7 @@ func TestBadDestinations(t *testing.T) {
 		{"asks for what is not there", "outside", func(conn net.Conn) { request{kind: read, offset: 1 << 40, length: size}.write(conn) }},
 		{"is ready twice", "second time", func(conn net.Conn) { request{kind: ready}.write(conn) }},
 		{"asks without end", "more than 1024", func(conn net.Conn) {
-			for page.write(conn) == nil {
+			for page.write(conn) == nil { // and reads nothing
 			}
 		}},
 	} {
@@ -400,20 +400,36 @@ func TestBadDestinations(t *testing.T) {
 	}
 }
 
-// TestContextEnds gives up a read.
+// TestContextEnds gives up a read, whose reply comes later.
 func TestContextEnds(t *testing.T) {
 	here, there := net.Pipe()
 	defer there.Close()
-	r := newRemote(here, &hello{pageSize: 4096, memory: 1 << 20})
+	h := &hello{pageSize: 4096, memory: 1 << 20}
+	r := newRemote(here, h)
+	defer r.close()
+	first := make(chan request, 1)
 	go func() {
-		var b [requestSize]byte
-		there.Read(b[:]) // and no answer
+		q, _ := readRequest(there, h)
+		first <- q
 	}()
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Millisecond)
 	defer cancel()
-	for range 2 { // the second time at once
-		if n, err := r.ReadAt(ctx, make([]byte, 4096), 0); n != 0 || !errors.Is(err, context.DeadlineExceeded) {
-			t.Errorf("read %d bytes, %v", n, err)
-		}
+	page := make([]byte, 4096)
+	if n, err := r.ReadAt(ctx, page, 0); n != 0 || !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("read %d bytes, %v", n, err)
+	}
+	go func() {
+		late := bytes.Repeat([]byte{1}, 4096)
+		there.Write(append(replyHeader((<-first).id, late), late...))
+		q, _ := readRequest(there, h)
+		right := bytes.Repeat([]byte{2}, 4096)
+		there.Write(append(replyHeader(q.id, right), right...))
+	}()
+	next := make([]byte, 4096)
+	if _, err := r.ReadAt(patient(t), next, 4096); err != nil || next[0] != 2 {
+		t.Errorf("the next read has %d, %v", next[0], err)
+	}
+	if page[0] != 0 {
+		t.Error("the late reply was written to memory that was given back")
 	}
 }

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"crypto/sha256"
 	"errors"
 	"fmt"
@@ -65,7 +66,7 @@ func (k *keeper) serve() error {
 			err = k.reply(q)
 		}
 		if err != nil {
-			return lost(err)
+			return lost(cmp.Or(k.failure(), err))
 		}
 		if q.kind == done {
 			return nil
@@ -97,21 +98,34 @@ func (k *keeper) receive() {
 		case k.changed <- struct{}{}:
 		default:
 		}
+		if err == io.EOF { // it may still want replies
+			return
+		}
 		if err != nil {
+			k.conn.Close() // ends a reply that it does not read
 			return
 		}
 	}
+}
+
+// failure returns what receive has ended with, if that is the end.
+func (k *keeper) failure() error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.err == io.EOF {
+		return nil
+	}
+	return k.err
 }
 
 // next waits for a request. The shortest is first: what threads wait for is
 // mostly a page, what the background reads 128 KiB.
 func (k *keeper) next() (request, error) {
 	for {
-		k.mu.Lock()
-		if k.err != nil && k.err != io.EOF {
-			defer k.mu.Unlock()
-			return request{}, k.err
+		if err := k.failure(); err != nil {
+			return request{}, err
 		}
+		k.mu.Lock()
 		if len(k.waiting) > 0 {
 			defer k.mu.Unlock()
 			shortest := 0

@@ -38,7 +38,8 @@ type remote struct {
 
 // A call waits for a reply.
 type call struct {
-	payload []byte // where it goes
+	payload []byte // where it goes; nil if nobody waits any more
+	length  int
 	over    chan struct{}
 }
 
@@ -103,13 +104,12 @@ func (r *remote) expected(id uint32) (int, bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	c, ok := r.waiting[id]
-	return len(c.payload), ok
+	return c.length, ok
 }
 
-// ask makes a request, and fills payload with the reply. A context that ends on
-// the way ends the connection.
+// ask makes a request, and fills payload with the reply.
 func (r *remote) ask(ctx context.Context, q request, payload []byte) error {
-	c := call{payload, make(chan struct{})}
+	c := call{payload, len(payload), make(chan struct{})}
 	r.mu.Lock()
 	if r.err != nil {
 		r.mu.Unlock()
@@ -134,15 +134,19 @@ func (r *remote) ask(ctx context.Context, q request, payload []byte) error {
 		return nil
 	case <-r.failed:
 	case <-ctx.Done():
-		r.fail(context.Cause(ctx))
 	case <-timeout.C:
 		r.fail(fmt.Errorf("the source has not answered for %v", patience))
 	}
-	// Nobody writes to payload any more, for receive needs the lock for that.
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	delete(r.waiting, q.id)
-	return r.err
+	if _, ok := r.waiting[q.id]; ok { // the reply must not be written to payload
+		c.payload = nil
+		r.waiting[q.id] = c
+	}
+	if r.err != nil {
+		return r.err
+	}
+	return context.Cause(ctx)
 }
 
 func (r *remote) Size() int64 { return r.size }

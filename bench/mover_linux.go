@@ -19,7 +19,7 @@ import (
 // in earnest (see the documentation of package uffd): here the faults are plain
 // loads, there is a processor for either goroutine, and no garbage collector.
 func moverMain(args []string) error {
-	var pages, rounds int
+	pages, rounds := 1024, 1
 	for _, arg := range args {
 		fmt.Sscanf(arg, "pages=%d", &pages)
 		fmt.Sscanf(arg, "rounds=%d", &rounds)

@@ -22,7 +22,7 @@ import (
 var sources embed.FS
 
 // imageSize bounds the memory of a client.
-const imageSize = 64 << 20
+const imageSize = 256 << 20
 
 // A bench is what the runs have in common.
 type bench struct {

@@ -47,43 +47,47 @@ var (
 
 // workloads are those of the table, in its order.
 func workloads(quick bool) []*workload {
-	faults := func(pages, rounds int) []string {
+	faults := func(pages int) []string {
 		if quick {
-			pages, rounds = min(pages, 512), 1
+			pages = min(pages, 512)
 		}
-		return []string{fmt.Sprint("pages=", pages), fmt.Sprint("rounds=", rounds)}
+		return []string{fmt.Sprint("pages=", pages)}
 	}
-	many := faults(8192, 4)
+	many := faults(16384)
+	huge := imageSize >> 21
+	if quick {
+		huge = 4
+	}
 
 	all := []*workload{
-		{name: "copy", short: "copy", title: "Copy", client: many, clientCPUs: one, handlerCPUs: one, turns: 21, servers: []server{
+		{name: "copy", short: "copy", title: "Copy", client: many, clientCPUs: one, handlerCPUs: one, turns: 25, servers: []server{
 			plainC, bareLoop, plainPager,
 			cServer("C, 16 messages", "loop=batch"),
 			goServer("pager, workers", "loop=workers"),
 		}},
-		{name: "copy-100us", short: "100 µs\napart", title: "Copy, 100 µs apart", client: with(faults(2048, 1), "gap=100000"),
-			clientCPUs: one, handlerCPUs: one, turns: 21, servers: three, sparse: true},
-		{name: "copy-1ms", short: "1 ms\napart", title: "Copy, 1 ms apart", client: with(faults(256, 1), "gap=1000000"),
+		{name: "copy-100us", short: "100 µs\napart", title: "Copy, 100 µs apart", client: with(faults(2048), "gap=100000"),
+			clientCPUs: one, handlerCPUs: one, turns: 25, servers: three, sparse: true},
+		{name: "copy-1ms", short: "1 ms\napart", title: "Copy, 1 ms apart", client: with(faults(256), "gap=1000000"),
 			clientCPUs: one, handlerCPUs: one, turns: 15, servers: three, sparse: true},
-		{name: "copy-100us-asleep", title: "Copy, 100 µs apart, asleep between", client: with(faults(2048, 1), "gap=100000", "sleep=1"),
+		{name: "copy-100us-asleep", title: "Copy, 100 µs apart, asleep between", client: with(faults(2048), "gap=100000", "sleep=1"),
 			clientCPUs: one, handlerCPUs: one, turns: 15, servers: three, sparse: true},
 		{name: "zeropage", short: "zero\npage", title: "ZeroPage", client: with(many, "op=zeropage"), clientCPUs: one, handlerCPUs: one, turns: 15, servers: three},
 		{name: "continue", short: "shmem\ncontinue", title: "Continue, shmem", client: with(many, "op=continue"), clientCPUs: one, handlerCPUs: one, turns: 15, servers: three},
 		{name: "wp", short: "write\nprotect", title: "WriteProtect", client: with(many, "op=wp"), clientCPUs: one, handlerCPUs: one, turns: 15, servers: three},
-		{name: "hugetlb", short: "2 MiB\nhugetlb", title: "Copy, 2 MiB hugetlb", client: with(faults(32, 12), "op=copy", "huge=1"), hugePages: 32,
+		{name: "hugetlb", short: "2 MiB\nhugetlb", title: "Copy, 2 MiB hugetlb", client: with([]string{"huge=1"}, fmt.Sprint("pages=", huge)), hugePages: huge,
 			clientCPUs: one, handlerCPUs: one, turns: 15, servers: three},
 		{name: "move", short: "move", title: "Move, in the process itself", clientCPUs: one, handlerCPUs: one, turns: 15, servers: []server{
 			{name: "C", client: with([]string{"client", "op=move"}, many...)},
 			{name: "uffd", client: with([]string{"go", "mover"}, many...)},
 		}},
-		{name: "free", short: "not\npinned", title: "Copy, not pinned", client: many, turns: 21, servers: with(three, cServer("C, spinning", "loop=spin"))},
-		{name: "free-100us", title: "Copy, not pinned, 100 µs apart", client: with(faults(2048, 1), "gap=100000"), turns: 15,
+		{name: "free", short: "not\npinned", title: "Copy, not pinned", client: many, turns: 25, servers: with(three, cServer("C, spinning", "loop=spin"))},
+		{name: "free-100us", title: "Copy, not pinned, 100 µs apart", client: with(faults(2048), "gap=100000"), turns: 15,
 			servers: with(three, cServer("C, spinning", "loop=spin")), sparse: true},
 		{name: "apart", title: "Copy, a core for each", client: many, clientCPUs: one, handlerCPUs: each, turns: 9,
 			servers: with(three, cServer("C, spinning", "loop=spin"))},
 		{name: "threads-2", short: "2\nthreads", title: "Copy, 2 threads", client: with(many, "threads=2"), turns: 15, servers: three},
 		{name: "threads-8", short: "8\nthreads", title: "Copy, 8 threads", client: with(many, "threads=8"), turns: 15, servers: three},
-		{name: "busy", title: "Copy, beside 4 busy threads", client: with(faults(2048, 1), "gap=20000", "rr=1"), turns: 7, sparse: true,
+		{name: "busy", title: "Copy, beside 4 busy threads", client: with(faults(2048), "gap=20000", "rr=1"), turns: 7, sparse: true,
 			servers: []server{
 				{name: "C", handler: plainC.handler, burners: 4},
 				goServer("uffd", "loop=root", "burn=4"),
@@ -100,10 +104,10 @@ func workloads(quick bool) []*workload {
 				goServer("pager", "loop=pager", fmt.Sprint("around=", pages)),
 			}})
 	}
-	size := faults(imageSize/4096, 4)
+	size := with(many, "rounds=4")
 	bulk := func(s server, chunk int) server {
 		s.bulk = true
-		s.handler = with(s.handler, fmt.Sprint("bulk=", chunk), size[1])
+		s.handler = with(s.handler, fmt.Sprint("bulk=", chunk), "rounds=4")
 		return s
 	}
 	for _, kib := range []int{4, 64, 2048} {

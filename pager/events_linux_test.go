@@ -156,6 +156,31 @@ func TestRemap(t *testing.T) {
 	}
 }
 
+// Shared memory that stays behind with MREMAP_DONTUNMAP still shows its file.
+func TestRemapShared(t *testing.T) {
+	uffdtest.RequireKernel(t, 5, 13, "MREMAP_DONTUNMAP of shared memory")
+	uffdtest.Require(t, uffd.FeatureMinorShmem)
+	proc := uffdtest.Start(t)
+	mem := proc.Map(uffdtest.Shmem, 4)
+	f := proc.Open(events)
+	register(t, f, mem.Range, uffd.RegisterMissing|uffd.RegisterMinor)
+	r := region(mem, source.FromBytes(image(uffdtest.Shmem, 4)))
+	r.Memory = attachMemory(t, proc, mem)
+	s := serve(t, proc, f, &pager.Pager{FaultAround: 1}, r)
+	s.holds(t, mem, 0, 1)
+	s.holds(t, mem, 1, 2)
+	s.Fill(mem.Page(0), 9).Value()
+	moved := mem
+	moved.Start = uffd.Addr(s.Mremap(mem.Range, mem.Len, unix.MREMAP_MAYMOVE|unix.MREMAP_DONTUNMAP, 0).Value())
+	s.holds(t, moved, 0, 9)
+	s.holds(t, mem, 2, 3) // the other place first
+	for i, b := range []byte{9, 2, 3, 4} {
+		s.holds(t, mem, i, b)
+		s.holds(t, moved, i, b)
+	}
+	s.noErrors(t)
+}
+
 // Memory that has grown reads zeros, in place and after a move, if the pager is
 // told so.
 func TestGrow(t *testing.T) {

@@ -83,7 +83,9 @@ type Region struct {
 	// then writes contents there and maps them in the client with Continue,
 	// which is what minor faults need. Register such memory for missing pages
 	// as well: the kernel fills holes with zeros without asking if it is
-	// registered for minor faults alone.
+	// registered for minor faults alone. Shared memory that the client moves
+	// with MREMAP_DONTUNMAP needs Memory: without, what stays behind is taken
+	// for private, and zeros go into the file.
 	Memory []byte
 
 	// BeforeWrite, if not nil, is called before a page is written for the first

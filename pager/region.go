@@ -134,9 +134,9 @@ func (rs *regions) unmap(r uffd.Range) {
 	*rs = append((*rs)[:i:i], (*rs)[i+len(gone):]...)
 }
 
-// remap moves what is at m.From to m.To. What stays behind reads zeros, until
-// the event comes that unmaps it: with MREMAP_DONTUNMAP none does. What has
-// grown reads zeros, too.
+// remap moves what is at m.From to m.To. What stays behind reads zeros, unless it
+// is shared, until the event comes that unmaps it: with MREMAP_DONTUNMAP none
+// does. What has grown reads zeros, too.
 func (rs *regions) remap(m uffd.Remap) {
 	if m.Len == 0 {
 		return
@@ -147,8 +147,10 @@ func (rs *regions) remap(m uffd.Remap) {
 		moved := *r
 		moved.Start = m.To + (r.Start - m.From)
 		rs.insert(&moved)
-
-		*r = region{Range: r.Range, pageSize: r.pageSize, memory: r.memory, beforeWrite: r.beforeWrite, home: r.home, first: r.first}
+		if r.memory != nil { // the file's contents, which both places show
+			continue
+		}
+		*r = region{Range: r.Range, pageSize: r.pageSize, beforeWrite: r.beforeWrite, home: r.home, first: r.first}
 		r.states = newPages(r.first + r.pages())
 	}
 	if len(old) == 0 {

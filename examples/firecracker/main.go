@@ -83,6 +83,7 @@ func run(args []string, output io.Writer) error {
 	if err != nil {
 		return err
 	}
+	defer l.Close()
 	h := newHandler(image, log.New(output, "firecracker: ", 0))
 	if *metrics != "" {
 		m, err := net.Listen("tcp", *metrics)
@@ -171,26 +172,23 @@ func (h *handler) serve(ctx context.Context, l *net.UnixListener) error {
 	for {
 		conn, err := l.AcceptUnix()
 		switch {
+		case err == nil:
+			h.vms.Go(func() { h.serveConn(ctx, conn) })
 		case ctx.Err() != nil:
-			if err == nil {
-				conn.Close()
-			}
 			return nil
 		case errors.Is(err, syscall.EMFILE), errors.Is(err, syscall.ENFILE), errors.Is(err, syscall.ECONNABORTED):
 			h.log.Print(err)
 			time.Sleep(acceptPause)
-			continue
-		case err != nil:
+		default:
 			return err
 		}
-		h.vms.Go(func() { h.serveConn(ctx, conn) })
 	}
 }
 
 // serveConn serves a microVM until it exits.
 func (h *handler) serveConn(ctx context.Context, conn *net.UnixConn) {
 	defer conn.Close() // Firecracker 1.12 and later keep their end, too
-	vm, err := h.attach(ctx, conn)
+	vm, err := h.attach(conn)
 	if err != nil {
 		h.refused.Add(1)
 		h.log.Printf("refused: %v", err)
@@ -247,8 +245,9 @@ type vm struct {
 func (v *vm) String() string { return fmt.Sprintf("microVM %d", v.pid) }
 
 // attach makes a client of who has connected.
-func (h *handler) attach(ctx context.Context, conn *net.UnixConn) (*vm, error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, helloTimeout, errors.New("no message came in time"))
+func (h *handler) attach(conn *net.UnixConn) (*vm, error) {
+	// It goes on when the handler is to end: nobody else would serve that microVM.
+	ctx, cancel := context.WithTimeoutCause(context.Background(), helloTimeout, errors.New("no message came in time"))
 	defer cancel()
 	file, received, err := handoff.ReceiveFirecracker(ctx, conn, h.image.Size())
 	if err != nil {

@@ -21,6 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/go-uffd/uffd"
+	"github.com/go-uffd/uffd/handoff"
 	"github.com/go-uffd/uffd/internal/uffdtest"
 	"github.com/go-uffd/uffd/pager"
 )
@@ -141,6 +142,7 @@ type testHandler struct {
 	*handler
 	socket string
 	log    *buffer
+	stop   func() // as SIGTERM does
 }
 
 type buffer struct {
@@ -187,8 +189,8 @@ func start(t testing.TB, mem string, diffs ...string) *testHandler {
 		t.Fatal(err)
 	}
 	b := new(buffer)
-	h := &testHandler{newHandler(image, log.New(b, "", 0)), socket, b}
 	ctx, cancel := context.WithCancel(context.Background())
+	h := &testHandler{newHandler(image, log.New(b, "", 0)), socket, b, cancel}
 	over := make(chan error, 1)
 	go func() { over <- h.serve(ctx, l) }()
 	t.Cleanup(func() {
@@ -445,6 +447,40 @@ func TestStrangers(t *testing.T) {
 			t.Errorf("the log lacks %q", want)
 		}
 	}
+}
+
+// TestTerminateDuringHello ends the handler when a microVM has connected and not
+// yet sent its message: nobody else can serve it.
+func TestTerminateDuringHello(t *testing.T) {
+	const pages = 16
+	h := start(t, snapshot(t, pages, os.Getpagesize()))
+	dial := func() *net.UnixConn {
+		conn, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: h.socket, Net: "unix"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { conn.Close() })
+		return conn
+	}
+	conn := dial()
+	dial().Close()
+	eventually(t, "the second connection, and so the first, is accepted", func() bool { return h.refused.Load() == 1 })
+	p := uffdtest.Start(t)
+	mem := p.Map(uffdtest.Anon, pages)
+	f := p.Open(&uffd.Config{Require: uffd.FeatureEventRemove})
+	if _, err := f.Register(mem.Range, uffd.RegisterMissing); err != nil {
+		t.Fatal(err)
+	}
+	h.stop()
+	if err := handoff.SendFirecracker(t.Context(), conn, f, []handoff.Region{{Range: mem.Range, PageSize: os.Getpagesize()}}); err != nil {
+		t.Fatal(err)
+	}
+	for i := range pages {
+		if n := p.Check(mem.Page(i), content(i)).Value(); n != 0 {
+			t.Errorf("page %d: %d bytes are not %d", i, n, content(i))
+		}
+	}
+	p.Kill()
 }
 
 // TestTerminate ends a handler process while a microVM runs on.

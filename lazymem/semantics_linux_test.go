@@ -135,7 +135,7 @@ func TestSharedPanic(t *testing.T) {
 					}()
 					err := m.Do(func(mem []byte) error {
 						running.Add(1)
-						sink = mem[0]
+						runtime.KeepAlive(mem[0])
 						return nil
 					})
 					if err != nil {

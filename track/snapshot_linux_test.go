@@ -97,12 +97,12 @@ var _ = uffdtest.Handle("write-until", func(args []uint64) ([]uint64, error) {
 			random := rand.New(rand.NewPCG(seed, w))
 			for i := uint64(1); uffdtest.BytesAt(stop, 1)[0] == 0; i++ {
 				if !oneOrder {
-					binary.NativeEndian.PutUint64(uffdtest.BytesAt(start+random.Uint64N(n)*page+8*w, 8), i)
+					storeWord(start+random.Uint64N(n)*page+8*w, i)
 					continue
 				}
 				turn.Lock()
 				last++
-				binary.NativeEndian.PutUint64(uffdtest.BytesAt(start+shared.Uint64N(n)*page, 8), last)
+				storeWord(start+shared.Uint64N(n)*page, last)
 				turn.Unlock()
 			}
 		})
@@ -110,6 +110,12 @@ var _ = uffdtest.Handle("write-until", func(args []uint64) ([]uint64, error) {
 	all.Wait()
 	return nil, nil
 })
+
+// storeWord writes a word at once. The race detector would have it written byte by
+// byte, and a snapshot could be taken in between.
+//
+//go:norace
+func storeWord(a, v uint64) { *(*uint64)(unsafe.Pointer(unsafe.SliceData(uffdtest.BytesAt(a, 8)))) = v }
 
 // replay returns the words of n pages after the first k writes of a thread.
 func replay(seed, thread, n, k uint64) []uint64 {

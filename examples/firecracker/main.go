@@ -3,7 +3,7 @@
 // Command firecracker serves the memory of Firecracker microVMs that are restored
 // from one snapshot.
 //
-//	firecracker -socket PATH -mem FILE [-diff FILE]... [-metrics ADDRESS]
+//	firecracker -socket PATH -mem FILE [-diff FILE]... [-record FILE] [-replay FILE] [-metrics ADDRESS]
 //
 // Start it, then restore as many microVMs as you like:
 //
@@ -15,6 +15,11 @@
 // the files before it. What a guest's balloon gives back reads zeros. The files
 // must not change while they are served, and whoever may connect to PATH can read
 // them.
+//
+// -record writes which pages the first microVM touched, and in which order, when
+// it exits or the handler ends. With -replay, those come in ahead of each microVM
+// that starts; a record that is damaged or of another snapshot is reported and
+// left alone.
 //
 // With -metrics, http://ADDRESS/ has the numbers of all microVMs as JSON.
 //
@@ -66,6 +71,8 @@ func run(args []string, output io.Writer) error {
 		diffs = append(diffs, name)
 		return nil
 	})
+	record := flags.String("record", "", "write what the first microVM touches to `FILE`")
+	replay := flags.String("replay", "", "bring in ahead what `FILE` has of -record")
 	metrics := flags.String("metrics", "", "serve numbers over HTTP on `ADDRESS`")
 	if err := flags.Parse(args); err != nil {
 		return err
@@ -79,12 +86,22 @@ func run(args []string, output io.Writer) error {
 	if err != nil {
 		return err
 	}
+	identity, err := identityOf(append([]string{*mem}, diffs...)...)
+	if err != nil {
+		return err
+	}
 	l, err := listen(*socket)
 	if err != nil {
 		return err
 	}
 	defer l.Close()
 	h := newHandler(image, log.New(output, "firecracker: ", 0))
+	h.identity, h.record = identity, *record
+	if *replay != "" {
+		if h.replay, err = readRecord(*replay); err != nil {
+			h.log.Printf("replay: %v", err)
+		}
+	}
 	if *metrics != "" {
 		m, err := net.Listen("tcp", *metrics)
 		if err != nil {
@@ -149,6 +166,11 @@ type handler struct {
 	pager pager.Pager
 	log   *log.Logger
 
+	identity  string
+	record    string // the file to write; "" for none
+	recording atomic.Bool
+	replay    *pager.Record // or nil
+
 	vms                      sync.WaitGroup
 	running, exited, refused atomic.Int64
 }
@@ -200,11 +222,27 @@ func (h *handler) serveConn(ctx context.Context, conn *net.UnixConn) {
 	defer h.running.Add(-1)
 	h.log.Printf("%v: serving %d regions", vm, vm.regions)
 
+	record := h.record != "" && h.recording.CompareAndSwap(false, true)
+	if record {
+		vm.client.StartRecording(h.identity)
+	}
 	over := make(chan error, 1)
 	go func() { over <- vm.client.Serve(context.Background()) }()
+	if h.replay != nil {
+		var replaying sync.WaitGroup
+		replaying.Go(func() { h.replayTo(vm) })
+		defer replaying.Wait()
+	}
+	exited := false
 	select {
 	case err = <-over:
+		exited = true
 	case <-ctx.Done():
+	}
+	if record {
+		h.saveRecord(vm)
+	}
+	if !exited {
 		err = h.finish(vm, over)
 	}
 	s := vm.client.Stats()

@@ -179,6 +179,12 @@ func socketPath(t testing.TB) string {
 // start serves a snapshot until the test is over.
 func start(t testing.TB, mem string, diffs ...string) *testHandler {
 	t.Helper()
+	return startWith(t, func(*handler) {}, mem, diffs...)
+}
+
+// startWith is start for a handler that is changed before it serves.
+func startWith(t testing.TB, change func(*handler), mem string, diffs ...string) *testHandler {
+	t.Helper()
 	image, err := openImage(mem, diffs)
 	if err != nil {
 		t.Fatal(err)
@@ -191,6 +197,7 @@ func start(t testing.TB, mem string, diffs ...string) *testHandler {
 	b := new(buffer)
 	ctx, cancel := context.WithCancel(context.Background())
 	h := &testHandler{newHandler(image, log.New(b, "", 0)), socket, b, cancel}
+	change(h.handler)
 	over := make(chan error, 1)
 	go func() { over <- h.serve(ctx, l) }()
 	t.Cleanup(func() {

@@ -211,6 +211,10 @@ func TestSnapshot(t *testing.T) {
 		p.Fill(other.Range, 3).Value()
 		s := startSnapshotOf(t, p, nil, mem.Range, other.Range)
 		p.Fill(mem.Range, 2).Value()
+		// A thread goes on before what it waited for is counted.
+		for end := time.Now().Add(uffdtest.Patience); s.Stats().Stalls < uint64(mem.Pages()) && time.Now().Before(end); {
+			time.Sleep(time.Millisecond)
+		}
 		if stats := s.Stats(); stats.Stalls != uint64(mem.Pages()) || stats.AheadMax != mem.Len || stats.StallMax == 0 {
 			t.Errorf("after writes to %d pages: %+v", mem.Pages(), stats)
 		}

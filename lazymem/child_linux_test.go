@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -87,10 +88,13 @@ func TestCleanup(t *testing.T) {
 }
 
 func cleanupChild() error {
-	const count, size = 100, 1 << 30
+	count, size := 100, 1<<30
+	if strconv.IntSize == 32 {
+		count, size = 6, 1<<28
+	}
 	start := mapped()
 	for range count {
-		m, err := lazymem.New(source.Zero(size), nil)
+		m, err := lazymem.New(source.Zero(int64(size)), nil)
 		if err == nil {
 			err = m.Close()
 		}

@@ -84,7 +84,12 @@ func (c *Client) run(ctx context.Context, progress func(done, total uint64), new
 		}); {
 		case taskErr == nil:
 			err = nil
-		case taskErr != errServeEnded || !member.gone.Load(): // nobody misses what that lacked
+		case errors.Is(taskErr, uffd.ErrGone), taskErr == errServeEnded && member.gone.Load():
+			// Nobody misses what that lacked.
+			if err == errServeEnded {
+				err = taskErr
+			}
+		default:
 			return taskErr
 		}
 		installed, total = installed+t.installed.Load(), total+t.total.Load()

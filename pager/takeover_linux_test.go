@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -370,7 +371,10 @@ func TestTakeOverTorture(t *testing.T) {
 			register(t, f, mem.Range, uffd.RegisterMissing)
 			plan.Regions = append(plan.Regions, planned{Range: mem.Range, Offset: int64(i * pages * pageSize), FD: -1, Erratic: i%2 == 1})
 			v := &victim{Process: proc, mem: mem, checked: &checked, random: rand.New(rand.NewPCG(random.Uint64(), 0))}
-			const room = 1 << 32
+			room := uint64(1) << 32
+			if strconv.IntSize == 32 {
+				room = 1 << 28
+			}
 			v.room = uffd.Range{Len: room, Start: proc.Mmap(0, room, unix.PROT_NONE,
 				unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_NORESERVE, -1)}
 			for page := range pages {

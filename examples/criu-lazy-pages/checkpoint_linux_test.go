@@ -123,7 +123,7 @@ func (c *checkpoint) restore(args ...string) *restored {
 		if err != nil {
 			r.server.Process.Kill()
 			r.server.Wait()
-			if strings.Contains(err.Error(), "File exists") && tries < 10 { // its pid is not free
+			if strings.Contains(err.Error(), "File exists") && tries < 300 { // its pid, or session, is not free until init has reaped all
 				time.Sleep(100 * time.Millisecond)
 				continue
 			}

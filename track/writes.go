@@ -215,7 +215,8 @@ func (w *Writes) Method() Method {
 // The ranges come in the order of their addresses, and consist of whole pages;
 // of whole huge pages in hugetlb memory. Consecutive pages may come as several
 // ranges. A loop that ends early loses nothing: the rest comes with the next
-// collection.
+// collection. With Sync, a page can come once more than it was written: a signal
+// makes a thread report its fault twice.
 //
 // A last pair has the error if there is one. One loop at a time.
 //

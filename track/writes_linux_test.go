@@ -239,6 +239,7 @@ func TestWritesDifferential(t *testing.T) {
 		}
 		w := startWrites(t, f, p.Pid, mem.Range)
 		seed, page, n := newSeed(t), uint64(mem.Kind.PageSize()), mem.Pages()
+		before := make([]bool, n) // written in the round before
 		for round := range rounds {
 			seed++
 			p.Run("act", uint64(mem.Start), page, uint64(n), seed, syscalls).Value()
@@ -250,8 +251,12 @@ func TestWritesDifferential(t *testing.T) {
 			}
 			for i, action := range actions(seed, n) {
 				written := action == doWrite || action == doSyscall || action == doDiscard && mem.Kind == uffdtest.Anon
+				// A signal makes a thread report its fault twice, and the second message
+				// can be answered after the collection.
+				late := got[i] && before[i] && !f.Features().Has(uffd.FeatureWPAsync)
+				before[i] = written
 				// To discard pages of a file is a change only if they are private.
-				if got[i] != written && action != doDiscard || written && !got[i] {
+				if got[i] != written && !late && action != doDiscard || written && !got[i] {
 					t.Fatalf("round %d, seed %d: page %d, action %d: written = %v", round, seed, i, action, got[i])
 				}
 			}

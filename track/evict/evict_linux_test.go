@@ -127,6 +127,10 @@ func TestRegion(t *testing.T) {
 		}
 	}
 	stats := s.Stats()
+	for end := time.Now().Add(uffdtest.Patience); stats.Resident < int64((limit-1)*os.Getpagesize()) && time.Now().Before(end); {
+		time.Sleep(time.Millisecond) // a thread goes on before its page is counted
+		stats = s.Stats()
+	}
 	if n := s.held(t); n != limit-1 || stats.Resident != int64(n*os.Getpagesize()) || stats.Limit != int64(limit*os.Getpagesize()) {
 		t.Errorf("%d pages in memory, %+v", n, stats)
 	}

@@ -247,35 +247,37 @@ func (f *fill) data(ctx context.Context, n int) error {
 
 // copyIn puts p in.
 func (f *fill) copyIn(p []byte) error {
-	return f.put(len(p), func(r uffd.Range) (int64, error) {
-		p = p[uint64(len(p))-r.Len:]
-		return f.m.file.Copy(r.Start, p, uffd.CopyDontWake)
+	return f.put(len(p), func(to uffd.Addr, done int) (int64, error) {
+		return f.m.file.Copy(to, p[done:], uffd.CopyDontWake)
 	})
 }
 
 // zero puts n bytes of zeros in.
 func (f *fill) zero(n int) error {
-	return f.put(n, func(r uffd.Range) (int64, error) {
-		return f.m.file.ZeroPage(r, uffd.ZeroPageDontWake)
+	return f.put(n, func(to uffd.Addr, done int) (int64, error) {
+		return f.m.file.ZeroPage(uffd.Range{Start: to, Len: uint64(n - done)}, uffd.ZeroPageDontWake)
 	})
 }
 
-// put puts n bytes in by calls of one of the operations, which may do a part only.
-func (f *fill) put(n int, op func(uffd.Range) (int64, error)) error {
+// put puts n bytes in. op puts in what is left of them when some are done, or the
+// first part of that.
+func (f *fill) put(n int, op func(to uffd.Addr, done int) (int64, error)) error {
 	m := f.m
-	for tries := 0; n > 0; tries++ {
-		done, err := op(uffd.Range{Start: uffd.Addr(m.base + uintptr(f.at)), Len: uint64(n)})
-		m.filled(f.at>>m.pageShift, int(done)>>m.pageShift)
-		f.at += int(done)
-		n -= int(done)
+	tries := 0
+	for done := 0; done < n; {
+		more, err := op(uffd.Addr(m.base+uintptr(f.at)), done)
+		m.filled(f.at>>m.pageShift, int(more)>>m.pageShift)
+		f.at += int(more)
+		done += int(more)
 		switch {
 		case err == nil:
-		case done > 0:
+		case more > 0:
 			tries = 0
 		case errors.Is(err, uffd.ErrRetry) && tries < maxTries && !m.closed.Load():
 			// Another thread changes the process's mappings.
 			runtime.Gosched()
 			time.Sleep(time.Duration(tries) * time.Microsecond)
+			tries++
 		default:
 			return err
 		}

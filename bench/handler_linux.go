@@ -44,6 +44,8 @@ type handler struct {
 	rounds int
 	burn   int // goroutines that compute
 	nice   int
+	record string // file name, to write
+	replay string // file name
 }
 
 // handlerMain is the process of a handler.
@@ -57,6 +59,10 @@ func handlerMain(args []string) error {
 			h.loop, err = value, nil
 		case "image":
 			h.image, err = value, nil
+		case "record":
+			h.record, err = value, nil
+		case "replay":
+			h.replay, err = value, nil
 		case "around":
 			h.around = number
 		case "bulk":
@@ -145,10 +151,43 @@ func (h *handler) serve() error {
 	if err != nil {
 		return err
 	}
+	if h.record != "" {
+		c.StartRecording(h.image)
+	}
+	if h.replay != "" {
+		if err := h.startReplay(c); err != nil {
+			return err
+		}
+	}
 	if err := h.ready(); err != nil {
 		return err
 	}
-	return c.Serve(context.Background())
+	if err := c.Serve(context.Background()); err != nil || h.record == "" {
+		return err
+	}
+	data, err := c.StopRecording().MarshalBinary()
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(h.record, data, 0o600)
+}
+
+// startReplay has pages installed that were recorded.
+func (h *handler) startReplay(c *pager.Client) error {
+	data, err := os.ReadFile(h.replay)
+	if err != nil {
+		return err
+	}
+	r := new(pager.Record)
+	if err := r.UnmarshalBinary(data); err != nil {
+		return err
+	}
+	go func() {
+		if err := c.Replay(context.Background(), r, h.image, nil); err != nil && !errors.Is(err, uffd.ErrGone) {
+			fmt.Fprintln(os.Stderr, "replay:", err)
+		}
+	}()
+	return nil
 }
 
 // serveRoot is the loop that package uffd shows, on as many messages as there are.

@@ -154,7 +154,7 @@ func (b *bench) once(w *workload, s *server) (sample, error) {
 	if !hung.Stop() {
 		err = fmt.Errorf("no end after %v", runLimit)
 	}
-	if h != nil && s.bulk { // it ends by itself
+	if h != nil && (s.bulk || s.records) { // it ends by itself
 		err = errors.Join(err, h.Wait())
 	} else if h != nil {
 		h.kill()
@@ -196,7 +196,7 @@ func (b *bench) command(words []string) []string {
 		program = "/proc/self/exe"
 	}
 	for i, arg := range args {
-		args[i] = strings.ReplaceAll(arg, "IMAGE", b.imageName())
+		args[i] = strings.NewReplacer("IMAGE", b.imageName(), "DIR", b.dir).Replace(arg)
 	}
 	return append([]string{program}, args...)
 }

@@ -25,6 +25,7 @@ type server struct {
 	client  []string // command, if not that of the workload
 	burners int      // processes that compute meanwhile
 	bulk    bool     // the handler measures
+	records bool     // the handler writes a record when the client is gone
 }
 
 func cServer(name string, args ...string) server {
@@ -33,6 +34,11 @@ func cServer(name string, args ...string) server {
 
 func goServer(name string, args ...string) server {
 	return server{name: name, handler: append([]string{"go", "handler", "image=IMAGE"}, args...)}
+}
+
+func recording(s server) server {
+	s.records = true
+	return s
 }
 
 var (
@@ -87,12 +93,19 @@ func workloads(quick bool) []*workload {
 			servers: with(three, cServer("C, spinning", "loop=spin"))},
 		{name: "threads-2", short: "2\nthreads", title: "Copy, 2 threads", client: with(many, "threads=2"), turns: 15, servers: three},
 		{name: "threads-8", short: "8\nthreads", title: "Copy, 8 threads", client: with(many, "threads=8"), turns: 15, servers: three},
+		{name: "replay", title: "Copy, in leaps, not pinned", client: with(many, "all=1", "scatter=1"), turns: 9, servers: []server{
+			plainC,
+			plainPager,
+			recording(goServer("pager, recording", "loop=pager", "record=DIR/record")),
+			goServer("pager, replaying that", "loop=pager", "replay=DIR/record"),
+		}},
 		{name: "busy", title: "Copy, beside 4 busy threads", client: with(faults(2048), "gap=20000", "rr=1"), turns: 7, sparse: true,
 			servers: []server{
 				{name: "C", handler: plainC.handler, burners: 4},
+				{name: "C, nice -10", handler: with(plainC.handler, "nice=-10"), burners: 4},
 				goServer("uffd", "loop=root", "burn=4"),
 				goServer("pager", "loop=pager", "burn=4"),
-				goServer("pager, own process", "loop=process", "burn=4", "nice=-10"),
+				goServer("pager, own process, nice -10", "loop=process", "burn=4", "nice=-10"),
 			}},
 	}
 	for _, pages := range []int{1, 4, 16, 64} {

@@ -18,11 +18,12 @@
 //	gap=NS                         time between two faults of a thread, spent computing
 //	sleep=1                        or asleep
 //	all=1                          read all of each page
+//	scatter=1                      go through the memory in leaps
 //	rr=1                           be preferred to whatever else runs
 #include "common.h"
 
 static uint64_t pages, rounds, threads, gap, page = 4096, op;
-static int sleeps, all, uffd;
+static int sleeps, all, scatter, uffd;
 static char *mem, *second; // second: another mapping of it, or what to move
 static uint64_t *took;
 static pthread_barrier_t start, stop;
@@ -99,12 +100,13 @@ static void *faulter(void *arg)
 	for (uint64_t r = 0; r < rounds; r++) {
 		pthread_barrier_wait(&start);
 		uint64_t bad = 0, end = now();
-		for (uint64_t i = t * part; i < (t + 1) * part; i++) {
+		for (uint64_t n = t * part; n < (t + 1) * part; n++) {
+			uint64_t i = scatter ? n * 7919 % pages : n;
 			idle(end);
 			uint64_t begin = now();
 			bad += !access_page(i);
 			end = now();
-			took[r * pages + i] = end - begin;
+			took[r * pages + n] = end - begin;
 		}
 		__atomic_add_fetch(&wrong, bad, __ATOMIC_RELAXED);
 		pthread_barrier_wait(&stop);
@@ -245,6 +247,7 @@ int main(int argc, char **argv)
 	gap = number(argv, "gap", 0);
 	sleeps = number(argv, "sleep", 0);
 	all = number(argv, "all", 0);
+	scatter = number(argv, "scatter", 0);
 	int flags = MAP_PRIVATE | MAP_ANONYMOUS, fd = -1;
 	if (number(argv, "huge", 0)) {
 		page = 2 << 20;

@@ -9,7 +9,9 @@
 //	bulk=BYTES   no faults: fills the memory in chunks, over and over
 //	rounds=N     how often; it prints the bytes and the nanoseconds
 //	burn=1       no faults: computes for ever
+//	nice=N       the priority of the process
 #include "common.h"
+#include <sys/resource.h>
 
 static struct hello hello;
 static int uffd;
@@ -101,6 +103,8 @@ int main(int argc, char **argv)
 		for (volatile uint64_t i = 0;; i++)
 			;
 	const char *loop = option(argv, "loop", "plain");
+	if (setpriority(PRIO_PROCESS, 0, strtol(option(argv, "nice", "0"), 0, 0)))
+		die("setpriority");
 	receive();
 	int fd = open(option(argv, "image", "/dev/null"), O_RDONLY | O_CLOEXEC);
 	image = mmap(0, hello.length, PROT_READ, MAP_SHARED | MAP_POPULATE, fd, 0);

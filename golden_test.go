@@ -1,91 +1,20 @@
 package uffd
 
 import (
-	"bufio"
-	"cmp"
 	"fmt"
-	"go/ast"
-	"go/build"
-	"go/constant"
-	"go/parser"
-	"go/token"
 	"go/types"
-	"os"
+	"maps"
 	"strconv"
 	"strings"
 	"testing"
+
+	"github.com/go-uffd/uffd/internal/golden"
 )
 
-// architectures are those that Go has for Linux, with the golden table of each.
-var architectures = map[string]string{
-	"386":      "testdata/abi_generic.txt",
-	"amd64":    "testdata/abi_generic.txt",
-	"arm":      "testdata/abi_generic.txt",
-	"arm64":    "testdata/abi_generic.txt",
-	"loong64":  "testdata/abi_generic.txt",
-	"riscv64":  "testdata/abi_generic.txt",
-	"s390x":    "testdata/abi_generic.txt",
-	"mips":     "testdata/abi_powerpc.txt",
-	"mipsle":   "testdata/abi_powerpc.txt",
-	"mips64":   "testdata/abi_powerpc.txt",
-	"mips64le": "testdata/abi_powerpc.txt",
-	"ppc64":    "testdata/abi_powerpc.txt",
-	"ppc64le":  "testdata/abi_powerpc.txt",
-}
-
 // TestGoldenABI compares this package, as the compiler sees it on each
-// architecture, with what a C compiler says of the kernel's header. Either has
-// to have all that the other has.
+// architecture, with what a C compiler says of the kernel's header.
 func TestGoldenABI(t *testing.T) {
-	for arch, file := range architectures {
-		t.Run(arch, func(t *testing.T) {
-			golden := readGolden(t, file)
-			ours := describe(t, arch)
-			for item, want := range golden {
-				if got, ok := ours[item]; !ok {
-					t.Errorf("the header has %s = %#x, this package does not", item, want)
-				} else if got != want {
-					t.Errorf("%s is %#x, the header has %#x", item, got, want)
-				}
-			}
-			for item, got := range ours {
-				if _, ok := golden[item]; !ok {
-					t.Errorf("this package has %s = %#x, the header does not", item, got)
-				}
-			}
-		})
-	}
-}
-
-// readGolden reads the lines "KIND NAME VALUE" of <linux/userfaultfd.h>.
-func readGolden(t *testing.T, file string) map[string]uint64 {
-	f, err := os.Open(file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	golden := make(map[string]uint64)
-	for lines := bufio.NewScanner(f); lines.Scan(); {
-		line := lines.Text()
-		if strings.HasPrefix(line, "# <linux/fs.h>") {
-			break
-		}
-		words := strings.Fields(line)
-		if len(words) == 0 || words[0] == "#" {
-			continue
-		}
-		value, err := strconv.ParseUint(words[len(words)-1], 0, 64)
-		if len(words) != 3 || err != nil {
-			t.Fatalf("%s: bad line %q", file, line)
-		}
-		if !strings.Contains(words[1], ".reserved") {
-			golden[words[0]+" "+words[1]] = value
-		}
-	}
-	if len(golden) < 100 {
-		t.Fatalf("%s has only %d items", file, len(golden))
-	}
-	return golden
+	golden.Compare(t, "testdata", "<linux/userfaultfd.h>", 100, describe)
 }
 
 // structs names the mirrors of the kernel's structures. The fields of an embedded
@@ -180,48 +109,18 @@ var decoded = map[string]uint64{
 	"const UFFD_API_RANGE_IOCTLS_BASIC": uint64(IoctlWake | IoctlCopy | IoctlWriteProtect | IoctlContinue | IoctlPoison | IoctlRWProtect),
 }
 
-// describe lists what the package has on arch, by the kernel's names.
-func describe(t *testing.T, arch string) map[string]uint64 {
-	pkg, sizes := typeCheck(t, arch)
-	ours := make(map[string]uint64)
-	for item, value := range decoded {
-		ours[item] = value
-	}
+// describe lists what the package has, by the kernel's names.
+func describe(p *golden.Package) map[string]uint64 {
+	ours := maps.Clone(decoded)
 	for item, name := range constants {
-		ours[item] = constantOf(t, pkg.Scope().Lookup(name), name)
+		ours[item] = p.Constant(name)
 	}
-	for name, mirrorName := range structs {
-		object := pkg.Scope().Lookup(mirrorName)
-		mirror, ok := object.Type().Underlying().(*types.Struct)
-		if !ok {
-			t.Fatalf("no struct %s", mirrorName)
+	for name, mirror := range structs {
+		var pointers []string
+		if name == "uffdio_copy" {
+			pointers = []string{"src"}
 		}
-		var all []*types.Var
-		for f := range mirror.Fields() {
-			all = append(all, f)
-		}
-		offsets := sizes.Offsetsof(all)
-		for j, f := range all {
-			if f.Name() == "_" {
-				continue
-			}
-			field := name + "." + cmp.Or(fields[f.Name()], f.Name())
-			ours["offsetof "+field] = uint64(offsets[j])
-			ours["sizeof "+field] = uint64(sizes.Sizeof(f.Type()))
-			isPointer := f.Type() == types.Typ[types.UnsafePointer]
-			if isSource := field == "uffdio_copy.src"; isSource != isPointer {
-				t.Errorf("%s.%s is a %v: the source, and it alone, has to be a pointer, which keeps it in place", mirrorName, f.Name(), f.Type())
-			}
-			if isPointer { // padded to 64 bits, with the low half where the value's is
-				before, after := sizes.Sizeof(all[j-1].Type()), sizes.Sizeof(all[j+1].Type())
-				ours["offsetof "+field] -= uint64(before)
-				ours["sizeof "+field] += uint64(before + after)
-				if bigEndian := arch == "mips"; before+after != 0 && (before != 0) != bigEndian {
-					t.Errorf("the pointer %s is padded with %d bytes before and %d after", f.Name(), before, after)
-				}
-			}
-		}
-		ours["sizeof "+name] = uint64(sizes.Sizeof(mirror))
+		p.Struct(ours, name, mirror, fields, pointers...)
 	}
 	for prefix, set := range sets {
 		for _, f := range set {
@@ -236,57 +135,6 @@ func describe(t *testing.T, arch string) map[string]uint64 {
 	return ours
 }
 
-func constantOf(t *testing.T, object types.Object, name string) uint64 {
-	c, ok := object.(*types.Const)
-	if !ok {
-		t.Fatalf("no constant %s", name)
-	}
-	value, exact := constant.Uint64Val(constant.ToInt(c.Val()))
-	if !exact {
-		t.Fatalf("%s is %v", name, c.Val())
-	}
-	return value
-}
-
-// typeCheck checks this package's source as for arch. Imported packages are
-// left empty: no constant or mirror depends on them.
-func typeCheck(t *testing.T, arch string) (*types.Package, types.Sizes) {
-	context := build.Default
-	context.GOOS, context.GOARCH, context.CgoEnabled = "linux", arch, false
-	dir, err := context.ImportDir(".", 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	fset := token.NewFileSet()
-	var files []*ast.File
-	for _, name := range dir.GoFiles {
-		f, err := parser.ParseFile(fset, name, nil, parser.SkipObjectResolution)
-		if err != nil {
-			t.Fatal(err)
-		}
-		files = append(files, f)
-	}
-	sizes := types.SizesFor("gc", arch)
-	config := types.Config{
-		Importer: emptyImporter{},
-		Sizes:    sizes,
-		Error:    func(error) {}, // the imported packages are empty
-	}
-	pkg, _ := config.Check("uffd", fset, files, nil)
-	return pkg, sizes
-}
-
-type emptyImporter struct{}
-
-func (emptyImporter) Import(path string) (*types.Package, error) {
-	if path == "unsafe" {
-		return types.Unsafe, nil
-	}
-	pkg := types.NewPackage(path, path[strings.LastIndex(path, "/")+1:])
-	pkg.MarkComplete()
-	return pkg, nil
-}
-
 // TestSetsAreComplete checks that every exported constant of a set's type
 // stands among its members.
 func TestSetsAreComplete(t *testing.T) {
@@ -299,10 +147,10 @@ func TestSetsAreComplete(t *testing.T) {
 	if len(prefixes) != len(sets) {
 		t.Errorf("%d types for %d sets", len(prefixes), len(sets))
 	}
-	pkg, _ := typeCheck(t, "amd64")
+	pkg := golden.Check(t, "amd64")
 	count := make(map[string]int)
-	for _, name := range pkg.Scope().Names() {
-		c, ok := pkg.Scope().Lookup(name).(*types.Const)
+	for _, name := range pkg.Scope.Names() {
+		c, ok := pkg.Scope.Lookup(name).(*types.Const)
 		if !ok || !c.Exported() {
 			continue
 		}
@@ -315,7 +163,7 @@ func TestSetsAreComplete(t *testing.T) {
 			continue
 		}
 		count[prefix]++
-		bit := constantOf(t, c, name)
+		bit := pkg.Constant(name)
 		found := 0
 		for _, f := range sets[prefix] {
 			if f.bit == bit {

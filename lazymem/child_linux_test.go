@@ -27,6 +27,7 @@ func child(name string, env ...string) *exec.Cmd {
 	cmd := exec.Command("/proc/self/exe")
 	cmd.Env = append(os.Environ(), childVariable+"="+name)
 	cmd.Env = append(cmd.Env, env...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL} // some would hang for ever
 	return cmd
 }
 
@@ -144,7 +145,7 @@ func TestUnprivileged(t *testing.T) {
 	uffdtest.LockSettings(t).Set("/proc/sys/vm/unprivileged_userfaultfd", "0")
 	cmd := child("unpriv")
 	const nobody = 65534
-	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}}
+	cmd.SysProcAttr.Credential = &syscall.Credential{Uid: nobody, Gid: nobody}
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Errorf("%v\n%s", err, out)
 	}

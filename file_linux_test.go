@@ -475,6 +475,41 @@ func TestDeadline(t *testing.T) {
 	wait(t, result, os.ErrDeadlineExceeded)
 }
 
+// TestDeadlineBeforeMessages has messages wait: a deadline that is over and Close
+// come first, also for readers that have not had to wait.
+func TestDeadlineBeforeMessages(t *testing.T) {
+	p := uffdtest.Start(t)
+	mem := p.Map(uffdtest.Anon, 8)
+	f := p.Open(nil)
+	register(t, f, mem.Range, uffd.RegisterMissing)
+	for i := range 8 {
+		p.Load(mem.Page(i).Start)
+	}
+	conn, err := f.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 4 {
+		next(t, f)
+		conn.Control(func(fd uintptr) {
+			ready := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+			if n, err := unix.Poll(ready, int(uffdtest.Patience.Milliseconds())); n != 1 || err != nil {
+				t.Fatalf("no message waits: %d, %v", n, err)
+			}
+		})
+		f.SetReadDeadline(time.Now().Add(-time.Second))
+		if m, err := f.ReadMsg(); !errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Fatalf("after the deadline: %v, %v", m, err)
+		}
+		f.SetReadDeadline(time.Time{})
+		next(t, f)
+	}
+	f.Close()
+	if m, err := f.ReadMsg(); !errors.Is(err, os.ErrClosed) {
+		t.Errorf("after Close: %v, %v", m, err)
+	}
+}
+
 // wait checks what ends a goroutine.
 func wait(t testing.TB, result <-chan error, want error) {
 	t.Helper()

@@ -11,8 +11,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A reader reads messages through Go's poller. What it needs is made once, so
-// that reading does not allocate.
+// A reader reads messages, and waits for them in Go's poller. What it needs is
+// made once, so that reading does not allocate.
 type reader struct {
 	conn syscall.RawConn
 
@@ -25,6 +25,8 @@ type reader struct {
 
 	n     int        // messages read
 	errno unix.Errno // why reading failed
+	tries int        // calls of try
+	eager bool       // the last message did not have to be waited for
 	plain bool       // the kernel has no RWF_NOWAIT for userfaultfd
 }
 
@@ -42,8 +44,12 @@ func (f *File) readMsgs(msgs []Msg) (int, error) {
 	n := 0
 	for {
 		r.room, r.block = min(len(msgs)-n, len(r.buf)), n == 0
-		r.n, r.errno = 0, 0
-		err := f.wait(opReadMsg, r.try)
+		r.n, r.errno, r.tries = 0, 0, 0
+		var err error
+		if !r.eager || !f.readAtOnce() {
+			err = f.wait(opReadMsg, r.try)
+			r.eager = r.tries == 1
+		}
 		if err == nil && r.errno != 0 {
 			err = errnoError(opReadMsg, r.errno)
 		}
@@ -58,8 +64,19 @@ func (f *File) readMsgs(msgs []Msg) (int, error) {
 	}
 }
 
+// readAtOnce reads what there is without the poller, whose bookkeeping takes as
+// long as reading. It reports false if the poller has to be asked.
+func (f *File) readAtOnce() bool {
+	if f.deadline.over() || f.begin(opReadMsg) != nil {
+		return false
+	}
+	defer f.end()
+	return f.reader.tryRead(uintptr(f.fd))
+}
+
 // tryRead reads what there is. It reports false if the poller has to wait.
 func (r *reader) tryRead(fd uintptr) bool {
+	r.tries++
 	for {
 		n, e := r.read(fd)
 		switch e {

@@ -328,6 +328,8 @@ type File struct {
 
 	poll   *os.File // fd in Go's poller; nil before stateReady
 	reader *reader
+
+	deadline deadline
 }
 
 // The states of a File.
@@ -726,10 +728,34 @@ func (f *File) SetReadDeadline(t time.Time) error {
 		return err
 	}
 	defer f.end()
+	f.deadline.Lock()
+	defer f.deadline.Unlock()
 	if err := f.poll.SetReadDeadline(t); err != nil {
 		return &Error{Op: opNames[opSetReadDeadline], Err: err}
 	}
+	f.deadline.set(t)
 	return nil
+}
+
+// A deadline is that of the poller, for who reads without it.
+type deadline struct {
+	sync.Mutex              // the two change together
+	at         atomic.Int64 // since epoch, in nanoseconds; 0 is none
+}
+
+var epoch = time.Now()
+
+func (d *deadline) set(t time.Time) {
+	if t.IsZero() {
+		d.at.Store(0)
+	} else {
+		d.at.Store(max(1, int64(t.Sub(epoch))))
+	}
+}
+
+func (d *deadline) over() bool {
+	at := d.at.Load()
+	return at != 0 && int64(time.Since(epoch)) >= at
 }
 
 // SyscallConn gives access to the descriptor, to pass it to another process or

@@ -97,6 +97,8 @@ func TestOutputFinish(t *testing.T) {
 		{"crash before the first", "panic: init", true, "(program) FAIL"},
 		{"skip without a reason", "\x16=== RUN   TestA\n\x16--- SKIP: TestA (0.00s)\n", false, "TestA FAIL"},
 		{"crash after a failure", "\x16=== RUN   TestA\n\x16--- FAIL: TestA (0.00s)\npanic: x\n", true, "TestA FAIL"},
+		{"hang after a failure", "\x16=== RUN   TestA\n\x16--- FAIL: TestA (0.00s)\n\x16=== RUN   TestB\n\x16=== RUN   TestB/x\npanic: x\n", true, "TestA FAIL, TestB FAIL, TestB/x FAIL"},
+		{"exit in a test", "\x16=== RUN   TestA\n", false, "TestA FAIL"},
 	} {
 		var o output
 		o.Write([]byte(test.stream))

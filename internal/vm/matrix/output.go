@@ -89,15 +89,19 @@ func (o *output) test(name string) *test {
 	return t
 }
 
-// finish judges the program's end: one that did not succeed although no test
-// failed has failed in the test that ran last, or as a whole. A skip that names
-// nothing that is missing is a failure.
+// finish judges the program's end. Tests that had not ended by then have failed; if
+// there are none, and no other failure, a program that did not succeed has failed
+// as a whole. A skip that names nothing that is missing is a failure.
 func (o *output) finish(failed bool, reason string) {
 	if len(o.partial) > 0 {
 		o.line(string(o.partial))
 		o.partial = nil
 	}
 	for _, t := range o.tests {
+		if t.result == "" {
+			t.result = "FAIL"
+			t.log = append(t.log, "not ended: "+reason)
+		}
 		if t.result == "SKIP" && !strings.HasPrefix(t.reason(), "missing: ") {
 			t.result = "FAIL"
 			t.log = append(t.log, "skipped without saying what is missing")
@@ -111,13 +115,9 @@ func (o *output) finish(failed bool, reason string) {
 	if !failed {
 		return
 	}
-	t := o.current
-	if t == nil || t.result != "" {
-		t = o.test("(program)")
-		t.log = o.last
-	}
+	t := o.test("(program)")
 	t.result = "FAIL"
-	t.log = append(t.log, reason)
+	t.log = append(o.last, reason)
 }
 
 // position is the place in the source at the beginning of what a test logs.

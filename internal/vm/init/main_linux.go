@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -152,17 +153,23 @@ func reserveHugePages(want int) error {
 		return nil
 	}
 	const path = "/proc/sys/vm/nr_hugepages"
-	if err := os.WriteFile(path, []byte(strconv.Itoa(want)), 0); err != nil {
-		return fmt.Errorf("huge pages: %w", err)
+	// Soon after boot the kernel now and then finds fewer than there are.
+	for end := time.Now().Add(10 * time.Second); ; time.Sleep(200 * time.Millisecond) {
+		if err := os.WriteFile(path, []byte(strconv.Itoa(want)), 0); err != nil {
+			return fmt.Errorf("huge pages: %w", err)
+		}
+		data, err := os.ReadFile(path)
+		if err != nil {
+			return fmt.Errorf("huge pages: %w", err)
+		}
+		got := strings.TrimSpace(string(data))
+		if got == strconv.Itoa(want) {
+			return nil
+		}
+		if time.Now().After(end) {
+			return fmt.Errorf("huge pages: asked for %d, got %s: give the guest more memory or ask for fewer", want, got)
+		}
 	}
-	data, err := os.ReadFile(path)
-	if err != nil {
-		return fmt.Errorf("huge pages: %w", err)
-	}
-	if got := strings.TrimSpace(string(data)); got != strconv.Itoa(want) {
-		return fmt.Errorf("huge pages: asked for %d, got %s: give the guest more memory or ask for fewer", want, got)
-	}
-	return nil
 }
 
 func describe() (*job.Boot, error) {

@@ -249,12 +249,14 @@ func TestSnapshot(t *testing.T) {
 func TestSnapshotLost(t *testing.T) {
 	uffdtest.Require(t, SnapshotFeatures)
 	const n = 512 // several chunks
-	type doer func(p *uffdtest.Process, mem uffdtest.Memory, page uffd.Range)
-	remap := func(p *uffdtest.Process, mem uffdtest.Memory, page uffd.Range) {
+	type doer func(t *testing.T, p *uffdtest.Process, mem uffdtest.Memory, page uffd.Range)
+	remap := func(_ *testing.T, p *uffdtest.Process, mem uffdtest.Memory, page uffd.Range) {
 		p.Mremap(page, page.Len, unix.MREMAP_MAYMOVE|unix.MREMAP_FIXED, p.Mmap(0, page.Len, readWrite, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS, -1)).Value()
 	}
 	madvise := func(advice int) doer {
-		return func(p *uffdtest.Process, _ uffdtest.Memory, page uffd.Range) { p.Madvise(page, advice).Value() }
+		return func(_ *testing.T, p *uffdtest.Process, _ uffdtest.Memory, page uffd.Range) {
+			p.Madvise(page, advice).Value()
+		}
 	}
 	for _, c := range []struct {
 		name string
@@ -265,12 +267,12 @@ func TestSnapshotLost(t *testing.T) {
 		{"DONTNEED", uffdtest.Anon, madvise(unix.MADV_DONTNEED), "discarded"},
 		{"FREE", uffdtest.Anon, madvise(unix.MADV_FREE), "discarded"},
 		{"REMOVE", uffdtest.Shmem, madvise(unix.MADV_REMOVE), "discarded"},
-		{"munmap", uffdtest.Anon, func(p *uffdtest.Process, _ uffdtest.Memory, page uffd.Range) { p.Munmap(page).Value() }, "unmapped"},
-		{"mmap", uffdtest.Shmem, func(p *uffdtest.Process, _ uffdtest.Memory, page uffd.Range) {
+		{"munmap", uffdtest.Anon, func(_ *testing.T, p *uffdtest.Process, _ uffdtest.Memory, page uffd.Range) { p.Munmap(page).Value() }, "unmapped"},
+		{"mmap", uffdtest.Shmem, func(_ *testing.T, p *uffdtest.Process, _ uffdtest.Memory, page uffd.Range) {
 			p.Mmap(page.Start, page.Len, readWrite, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_FIXED, -1)
 		}, "unmapped"},
 		{"mremap", uffdtest.Anon, remap, "moved"},
-		{"guard", uffdtest.Anon, func(p *uffdtest.Process, _ uffdtest.Memory, page uffd.Range) {
+		{"guard", uffdtest.Anon, func(t *testing.T, p *uffdtest.Process, _ uffdtest.Memory, page uffd.Range) {
 			const install, remove = 102, 103
 			if _, err := p.Madvise(page, install).Result(); err != nil {
 				uffdtest.RequireKernel(t, 6, 13, "MADV_GUARD_INSTALL")
@@ -295,7 +297,7 @@ func TestSnapshotLost(t *testing.T) {
 			_, err := s.WriteTo(writerFunc(func(b []byte) (int, error) {
 				if !done {
 					done = true
-					c.do(p, mem, mem.Page(0))
+					c.do(t, p, mem, mem.Page(0))
 				}
 				return image.Write(b)
 			}))
@@ -306,7 +308,7 @@ func TestSnapshotLost(t *testing.T) {
 
 			rest := uffd.Range{Start: mem.Page(1).Start, Len: mem.Len - mem.Page(0).Len}
 			s = startSnapshotOf(t, p, nil, rest)
-			c.do(p, mem, mem.Page(n-3))
+			c.do(t, p, mem, mem.Page(n-3))
 			k, err := s.WriteTo(&image)
 			if !errors.Is(err, ErrSnapshotLost) || !strings.Contains(err.Error(), c.says) || uint64(k) >= rest.Len {
 				t.Errorf("WriteTo = %d, %v; want ErrSnapshotLost that says %q", k, err, c.says)

@@ -415,6 +415,121 @@ func TestSnapshotChanges(t *testing.T) {
 	}
 }
 
+// awaitMessage waits until a message can be read.
+func awaitMessage(t *testing.T, f *uffd.File) {
+	t.Helper()
+	for end := time.Now().Add(uffdtest.Patience); !readable(f); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("no message comes")
+		}
+	}
+}
+
+// TestSnapshotRetry has the kernel refuse to lift the protection, because an
+// event waits to be read. What was copied meanwhile does not count.
+func TestSnapshotRetry(t *testing.T) {
+	uffdtest.Require(t, SnapshotFeatures)
+	// start returns two mappings in the order of their addresses, and a third one
+	// that is registered, too: what happens to it is an event and no matter.
+	start := func(t *testing.T) (p *uffdtest.Process, first, second, extra uffdtest.Memory, s *Snapshot) {
+		p = uffdtest.Start(t)
+		first, second, extra = p.Map(uffdtest.Anon, 4), p.Map(uffdtest.Anon, 4), p.Map(uffdtest.Anon, 1)
+		if second.Start < first.Start {
+			first, second = second, first
+		}
+		for _, mem := range []uffdtest.Memory{first, second, extra} {
+			p.Madvise(mem.Range, unix.MADV_NOHUGEPAGE).Value()
+		}
+		p.Fill(first.Range, 1).Value()
+		p.Fill(second.Range, 2).Value()
+		p.Fill(extra.Range, 3).Value()
+		f := openSnapshot(p)
+		if _, err := f.Register(extra.Range, uffd.RegisterWP); err != nil {
+			t.Fatal(err)
+		}
+		discarding := p.Madvise(extra.Range, unix.MADV_DONTNEED)
+		awaitMessage(t, f)
+		s, err := armedSnapshot(f, p.Pid, nil, []uffd.Range{first.Range, second.Range})
+		if err != nil {
+			t.Fatalf("starting while an event waits: %v", err)
+		}
+		discarding.Value()
+		return p, first, second, extra, s
+	}
+
+	t.Run("sweep", func(t *testing.T) {
+		p, first, second, _, s := start(t)
+		left := s.copier.left
+		moving := p.Mremap(second.Page(1), second.Page(1).Len, unix.MREMAP_MAYMOVE|unix.MREMAP_FIXED, first.Page(2).Start)
+		awaitMessage(t, s.file)
+		s.free <- make([]byte, snapshotChunk)
+		if err := s.sweep(); !errors.Is(err, uffd.ErrRetry) || len(s.full) != 0 || s.copier.left != left {
+			t.Fatalf("sweep: %v; %d chunks, %d of %d bytes left; want ErrRetry and nothing done", err, len(s.full), s.copier.left, left)
+		}
+		<-s.free // WriteTo gives its own
+		go s.run()
+		moving.Value()
+		if _, err := s.WriteTo(&bytes.Buffer{}); !errors.Is(err, ErrSnapshotLost) {
+			t.Errorf("WriteTo: %v, want ErrSnapshotLost", err)
+		}
+		s.Stop()
+	})
+
+	t.Run("fault", func(t *testing.T) {
+		p, first, second, extra, s := start(t)
+		c := &s.copier
+		wait := func(page uffd.Range) *uffdtest.Call {
+			t.Helper()
+			call := p.Store(page.Start, 9)
+			awaitMessage(t, s.file)
+			if err := s.receive(time.Now().Add(uffdtest.Patience)); err != nil || len(c.waiting) != 1 {
+				t.Fatalf("receive: %v, %d threads wait", err, len(c.waiting))
+			}
+			return call
+		}
+		retry := func(waiting int, used uint64) {
+			t.Helper()
+			if err := s.retry(); err != nil || len(c.waiting) != waiting || c.used != used || uint64(len(c.ahead)) != used/pageSize() {
+				t.Fatalf("retry: %v; %d threads wait, %d bytes kept; want %d, %d", err, len(c.waiting), c.used, waiting, used)
+			}
+		}
+		meanwhile := func(check func()) {
+			t.Helper()
+			discarding := p.Madvise(extra.Range, unix.MADV_DONTNEED)
+			awaitMessage(t, s.file)
+			check()
+			if err := s.receive(time.Now().Add(uffdtest.Patience)); err != nil {
+				t.Fatal(err)
+			}
+			discarding.Value()
+		}
+
+		storing := wait(first.Page(1)) // it is not copied
+		meanwhile(func() { retry(1, 0) })
+		retry(0, pageSize())
+		storing.Value()
+
+		storing = wait(second.Page(3)) // it is copied before the writer is looked after
+		s.free <- make([]byte, snapshotChunk)
+		if err := s.sweep(); err != nil || c.left != 0 {
+			t.Fatalf("sweep: %v, %d bytes left", err, c.left)
+		}
+		meanwhile(func() { retry(1, 0) })
+		retry(0, 0)
+		storing.Value()
+
+		go s.run()
+		image := <-s.full
+		want := append(bytes.Repeat([]byte{1}, int(first.Len)), bytes.Repeat([]byte{2}, int(second.Len))...)
+		if !bytes.Equal(image, want) {
+			t.Error("the snapshot is not what was there")
+		}
+		if err := s.Stop(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 func TestSnapshotFork(t *testing.T) {
 	uffdtest.Require(t, SnapshotFeatures)
 	for _, c := range []struct {

@@ -340,7 +340,7 @@ func (s *Snapshot) sweep() error {
 		return err
 	}
 	s.full <- buf[:n]
-	return ignoreRetry(err)
+	return err
 }
 
 // take copies the next bytes to p, and returns how many.

@@ -1,5 +1,5 @@
-// Package track finds out which pages of a process's memory are written, and
-// copies memory as it is at one moment.
+// Package track finds out which pages of a process's memory are written, or used
+// at all, and copies memory as it is at one moment.
 //
 // A [Writes] watches memory of another process, or of this one:
 //
@@ -24,6 +24,12 @@
 // held up, and Collect asks with PAGEMAP_SCAN. Before that, from Linux 5.7 on,
 // each first write to a page is a fault that the Writes answers. [Writes.Method]
 // says which of the two it is.
+//
+// An [Accesses] finds in the same way which pages are read or written: the working
+// set (FeatureRWPAsync, Linux 7.3, on amd64, arm64 and some riscv64). Before that
+// no userfaultfd tells who reads a page that is there. What is left is Writes, for
+// the part of the working set that is written, and package track/evict, which
+// bounds how much memory there is, and finds what is used by taking it away.
 //
 // A [Snapshot] is a copy of memory of another process at one moment, made while
 // that process goes on.

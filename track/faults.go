@@ -38,6 +38,7 @@ type area struct {
 	anonymous bool
 
 	inherited bool // forked children share it
+	rwp       bool // registered with RegisterRWP
 
 	written []uint64 // a bit for each page
 }
@@ -103,11 +104,16 @@ func parseAreas(smaps string, ranges []uffd.Range) (areas []area, err error) {
 			}
 			continue
 		}
-		if flags, ok := strings.CutPrefix(line, "VmFlags:"); ok && slices.Contains(strings.Fields(flags), "dc") { // MADV_DONTFORK
+		if line, ok := strings.CutPrefix(line, "VmFlags:"); ok {
+			flags := strings.Fields(line)
 			for i := range areas {
-				if mapped.Contains(areas[i].Start) {
+				if !mapped.Contains(areas[i].Start) {
+					continue
+				}
+				if slices.Contains(flags, "dc") { // MADV_DONTFORK
 					areas[i].inherited = false
 				}
+				areas[i].rwp = slices.Contains(flags, "ur")
 			}
 			continue
 		}

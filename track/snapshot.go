@@ -138,6 +138,16 @@ func StartSnapshot(f *uffd.File, pid int, config *SnapshotConfig, ranges ...uffd
 }
 
 func startSnapshot(f *uffd.File, pid int, config *SnapshotConfig, ranges []uffd.Range) (*Snapshot, error) {
+	s, err := armedSnapshot(f, pid, config, ranges)
+	if err == nil {
+		go s.run()
+	}
+	return s, err
+}
+
+// armedSnapshot returns a Snapshot whose memory is protected and that nobody
+// serves yet.
+func armedSnapshot(f *uffd.File, pid int, config *SnapshotConfig, ranges []uffd.Range) (*Snapshot, error) {
 	if pid == 0 || pid == os.Getpid() {
 		return nil, fmt.Errorf("a process cannot serve its own faults: %w", errors.ErrUnsupported)
 	}
@@ -203,7 +213,6 @@ func startSnapshot(f *uffd.File, pid int, config *SnapshotConfig, ranges []uffd.
 		pagemap.Close()
 		return nil, err
 	}
-	go s.run()
 	return s, nil
 }
 

@@ -249,12 +249,14 @@ func TestSnapshot(t *testing.T) {
 func TestSnapshotLost(t *testing.T) {
 	uffdtest.Require(t, SnapshotFeatures)
 	const n = 512 // several chunks
-	type doer func(p *uffdtest.Process, mem uffdtest.Memory, page uffd.Range)
-	remap := func(p *uffdtest.Process, mem uffdtest.Memory, page uffd.Range) {
+	type doer func(t *testing.T, p *uffdtest.Process, mem uffdtest.Memory, page uffd.Range)
+	remap := func(_ *testing.T, p *uffdtest.Process, mem uffdtest.Memory, page uffd.Range) {
 		p.Mremap(page, page.Len, unix.MREMAP_MAYMOVE|unix.MREMAP_FIXED, p.Mmap(0, page.Len, readWrite, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS, -1)).Value()
 	}
 	madvise := func(advice int) doer {
-		return func(p *uffdtest.Process, _ uffdtest.Memory, page uffd.Range) { p.Madvise(page, advice).Value() }
+		return func(_ *testing.T, p *uffdtest.Process, _ uffdtest.Memory, page uffd.Range) {
+			p.Madvise(page, advice).Value()
+		}
 	}
 	for _, c := range []struct {
 		name string
@@ -265,12 +267,12 @@ func TestSnapshotLost(t *testing.T) {
 		{"DONTNEED", uffdtest.Anon, madvise(unix.MADV_DONTNEED), "discarded"},
 		{"FREE", uffdtest.Anon, madvise(unix.MADV_FREE), "discarded"},
 		{"REMOVE", uffdtest.Shmem, madvise(unix.MADV_REMOVE), "discarded"},
-		{"munmap", uffdtest.Anon, func(p *uffdtest.Process, _ uffdtest.Memory, page uffd.Range) { p.Munmap(page).Value() }, "unmapped"},
-		{"mmap", uffdtest.Shmem, func(p *uffdtest.Process, _ uffdtest.Memory, page uffd.Range) {
+		{"munmap", uffdtest.Anon, func(_ *testing.T, p *uffdtest.Process, _ uffdtest.Memory, page uffd.Range) { p.Munmap(page).Value() }, "unmapped"},
+		{"mmap", uffdtest.Shmem, func(_ *testing.T, p *uffdtest.Process, _ uffdtest.Memory, page uffd.Range) {
 			p.Mmap(page.Start, page.Len, readWrite, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_FIXED, -1)
 		}, "unmapped"},
 		{"mremap", uffdtest.Anon, remap, "moved"},
-		{"guard", uffdtest.Anon, func(p *uffdtest.Process, _ uffdtest.Memory, page uffd.Range) {
+		{"guard", uffdtest.Anon, func(t *testing.T, p *uffdtest.Process, _ uffdtest.Memory, page uffd.Range) {
 			const install, remove = 102, 103
 			if _, err := p.Madvise(page, install).Result(); err != nil {
 				uffdtest.RequireKernel(t, 6, 13, "MADV_GUARD_INSTALL")
@@ -295,7 +297,7 @@ func TestSnapshotLost(t *testing.T) {
 			_, err := s.WriteTo(writerFunc(func(b []byte) (int, error) {
 				if !done {
 					done = true
-					c.do(p, mem, mem.Page(0))
+					c.do(t, p, mem, mem.Page(0))
 				}
 				return image.Write(b)
 			}))
@@ -306,7 +308,7 @@ func TestSnapshotLost(t *testing.T) {
 
 			rest := uffd.Range{Start: mem.Page(1).Start, Len: mem.Len - mem.Page(0).Len}
 			s = startSnapshotOf(t, p, nil, rest)
-			c.do(p, mem, mem.Page(n-3))
+			c.do(t, p, mem, mem.Page(n-3))
 			k, err := s.WriteTo(&image)
 			if !errors.Is(err, ErrSnapshotLost) || !strings.Contains(err.Error(), c.says) || uint64(k) >= rest.Len {
 				t.Errorf("WriteTo = %d, %v; want ErrSnapshotLost that says %q", k, err, c.says)
@@ -411,6 +413,121 @@ func TestSnapshotChanges(t *testing.T) {
 	if results["right"] == 0 || results["lost"] == 0 {
 		t.Errorf("%v of %d", results, rounds)
 	}
+}
+
+// awaitMessage waits until a message can be read.
+func awaitMessage(t *testing.T, f *uffd.File) {
+	t.Helper()
+	for end := time.Now().Add(uffdtest.Patience); !readable(f); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("no message comes")
+		}
+	}
+}
+
+// TestSnapshotRetry has the kernel refuse to lift the protection, because an
+// event waits to be read. What was copied meanwhile does not count.
+func TestSnapshotRetry(t *testing.T) {
+	uffdtest.Require(t, SnapshotFeatures)
+	// start returns two mappings in the order of their addresses, and a third one
+	// that is registered, too: what happens to it is an event and no matter.
+	start := func(t *testing.T) (p *uffdtest.Process, first, second, extra uffdtest.Memory, s *Snapshot) {
+		p = uffdtest.Start(t)
+		first, second, extra = p.Map(uffdtest.Anon, 4), p.Map(uffdtest.Anon, 4), p.Map(uffdtest.Anon, 1)
+		if second.Start < first.Start {
+			first, second = second, first
+		}
+		for _, mem := range []uffdtest.Memory{first, second, extra} {
+			p.Madvise(mem.Range, unix.MADV_NOHUGEPAGE).Value()
+		}
+		p.Fill(first.Range, 1).Value()
+		p.Fill(second.Range, 2).Value()
+		p.Fill(extra.Range, 3).Value()
+		f := openSnapshot(p)
+		if _, err := f.Register(extra.Range, uffd.RegisterWP); err != nil {
+			t.Fatal(err)
+		}
+		discarding := p.Madvise(extra.Range, unix.MADV_DONTNEED)
+		awaitMessage(t, f)
+		s, err := armedSnapshot(f, p.Pid, nil, []uffd.Range{first.Range, second.Range})
+		if err != nil {
+			t.Fatalf("starting while an event waits: %v", err)
+		}
+		discarding.Value()
+		return p, first, second, extra, s
+	}
+
+	t.Run("sweep", func(t *testing.T) {
+		p, first, second, _, s := start(t)
+		left := s.copier.left
+		moving := p.Mremap(second.Page(1), second.Page(1).Len, unix.MREMAP_MAYMOVE|unix.MREMAP_FIXED, first.Page(2).Start)
+		awaitMessage(t, s.file)
+		s.free <- make([]byte, snapshotChunk)
+		if err := s.sweep(); !errors.Is(err, uffd.ErrRetry) || len(s.full) != 0 || s.copier.left != left {
+			t.Fatalf("sweep: %v; %d chunks, %d of %d bytes left; want ErrRetry and nothing done", err, len(s.full), s.copier.left, left)
+		}
+		<-s.free // WriteTo gives its own
+		go s.run()
+		moving.Value()
+		if _, err := s.WriteTo(&bytes.Buffer{}); !errors.Is(err, ErrSnapshotLost) {
+			t.Errorf("WriteTo: %v, want ErrSnapshotLost", err)
+		}
+		s.Stop()
+	})
+
+	t.Run("fault", func(t *testing.T) {
+		p, first, second, extra, s := start(t)
+		c := &s.copier
+		wait := func(page uffd.Range) *uffdtest.Call {
+			t.Helper()
+			call := p.Store(page.Start, 9)
+			awaitMessage(t, s.file)
+			if err := s.receive(time.Now().Add(uffdtest.Patience)); err != nil || len(c.waiting) != 1 {
+				t.Fatalf("receive: %v, %d threads wait", err, len(c.waiting))
+			}
+			return call
+		}
+		retry := func(waiting int, used uint64) {
+			t.Helper()
+			if err := s.retry(); err != nil || len(c.waiting) != waiting || c.used != used || uint64(len(c.ahead)) != used/pageSize() {
+				t.Fatalf("retry: %v; %d threads wait, %d bytes kept; want %d, %d", err, len(c.waiting), c.used, waiting, used)
+			}
+		}
+		meanwhile := func(check func()) {
+			t.Helper()
+			discarding := p.Madvise(extra.Range, unix.MADV_DONTNEED)
+			awaitMessage(t, s.file)
+			check()
+			if err := s.receive(time.Now().Add(uffdtest.Patience)); err != nil {
+				t.Fatal(err)
+			}
+			discarding.Value()
+		}
+
+		storing := wait(first.Page(1)) // it is not copied
+		meanwhile(func() { retry(1, 0) })
+		retry(0, pageSize())
+		storing.Value()
+
+		storing = wait(second.Page(3)) // it is copied before the writer is looked after
+		s.free <- make([]byte, snapshotChunk)
+		if err := s.sweep(); err != nil || c.left != 0 {
+			t.Fatalf("sweep: %v, %d bytes left", err, c.left)
+		}
+		meanwhile(func() { retry(1, 0) })
+		retry(0, 0)
+		storing.Value()
+
+		go s.run()
+		image := <-s.full
+		want := append(bytes.Repeat([]byte{1}, int(first.Len)), bytes.Repeat([]byte{2}, int(second.Len))...)
+		if !bytes.Equal(image, want) {
+			t.Error("the snapshot is not what was there")
+		}
+		if err := s.Stop(); err != nil {
+			t.Error(err)
+		}
+	})
 }
 
 func TestSnapshotFork(t *testing.T) {

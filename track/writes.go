@@ -68,9 +68,7 @@ type Writes struct {
 	pagemap *Pagemap
 	faults  *faults // with Sync
 
-	collecting sync.Mutex
-	buf        []Region
-	left       []Region // collected and not handed out yet
+	collector collector
 
 	stop    sync.Once
 	stopErr error
@@ -148,7 +146,7 @@ func start(f *uffd.File, pid int, ranges []uffd.Range) (*Writes, error) {
 	if err != nil {
 		return nil, err
 	}
-	w := &Writes{file: f, ranges: sorted, pagemap: pagemap}
+	w := &Writes{file: f, ranges: sorted, pagemap: pagemap, collector: collector{pagemap: pagemap}}
 	if async {
 		err = w.startAsync()
 	} else {
@@ -195,7 +193,6 @@ func (w *Writes) startAsync() error {
 			return invalid(fmt.Sprintf("%v is not write-protected in this process; the userfaultfd belongs to another one", r))
 		}
 	}
-	w.buf = make([]Region, 4096)
 	return nil
 }
 
@@ -224,61 +221,21 @@ func (w *Writes) Method() Method {
 // [os.ErrClosed] after Stop; with Sync, whatever kept w from answering a fault,
 // which ends the tracking and lets the process go on.
 func (w *Writes) Collect() iter.Seq2[uffd.Range, error] {
-	return func(yield func(uffd.Range, error) bool) {
-		if !w.collecting.TryLock() {
-			yield(uffd.Range{}, fmt.Errorf("track: collecting: %w", invalid("another loop is collecting")))
-			return
-		}
-		defer w.collecting.Unlock()
-		if more, err := w.collect(func(r uffd.Range) bool { return yield(r, nil) }); more && err != nil {
-			yield(uffd.Range{}, fmt.Errorf("track: collecting: %w", err))
-		}
-	}
+	return w.collector.loop(w.collect)
 }
 
 // collect reports false if yield did.
 func (w *Writes) collect(yield func(uffd.Range) bool) (more bool, err error) {
 	if w.faults != nil {
-		more, err = w.faults.collect(yield)
-	} else {
-		more, err = w.scan(yield)
-	}
-	if more && err == nil {
-		err = w.pagemap.alive()
-	}
-	return more, err
-}
-
-func (w *Writes) scan(yield func(uffd.Range) bool) (more bool, err error) {
-	if !w.handOut(yield) {
-		return false, nil
+		return w.faults.collect(yield)
 	}
 	for _, r := range w.ranges {
-		for r.Len > 0 {
-			n, next, err := w.pagemap.Scan(&Scan{Range: r, Mask: PageWritten, Return: PageWritten, Protect: true}, w.buf)
-			w.left = w.buf[:n]
-			if !w.handOut(yield) {
-				return false, nil
-			}
-			if err != nil {
-				return true, err
-			}
-			r = r.Skip(int64(next - r.Start))
+		s := Scan{Range: r, Mask: PageWritten, Return: PageWritten, Protect: true}
+		if more, err := w.collector.scan(s, nil, yield); !more || err != nil {
+			return more, err
 		}
 	}
 	return true, nil
-}
-
-// handOut hands out what is left. It reports false if yield did.
-func (w *Writes) handOut(yield func(uffd.Range) bool) bool {
-	for len(w.left) > 0 {
-		r := w.left[0].Range()
-		w.left = w.left[1:]
-		if !yield(r) {
-			return false
-		}
-	}
-	return true
 }
 
 // Stop ends the tracking, lifts the protection, and closes the userfaultfd. It

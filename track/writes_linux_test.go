@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"iter"
 	"math/rand/v2"
 	"os"
 	"slices"
@@ -77,8 +78,14 @@ func startWrites(t testing.TB, f *uffd.File, pid int, ranges ...uffd.Range) *Wri
 	return w
 }
 
+// A tracker is a *Writes or an *Accesses.
+type tracker interface {
+	Collect() iter.Seq2[uffd.Range, error]
+	Stop() error
+}
+
 // collect returns a whole collection.
-func collect(t testing.TB, w *Writes) (ranges []uffd.Range) {
+func collect(t testing.TB, w tracker) (ranges []uffd.Range) {
 	t.Helper()
 	for r, err := range w.Collect() {
 		if err != nil {
@@ -89,15 +96,15 @@ func collect(t testing.TB, w *Writes) (ranges []uffd.Range) {
 	return join(ranges)
 }
 
-func wantCollect(t testing.TB, w *Writes, when string, want ...uffd.Range) {
+func wantCollect(t testing.TB, w tracker, when string, want ...uffd.Range) {
 	t.Helper()
 	if got := collect(t, w); !slices.Equal(got, join(want)) {
-		t.Errorf("%s: %v are written, want %v", when, got, join(want))
+		t.Errorf("%s: collected %v, want %v", when, got, join(want))
 	}
 }
 
 // lastError returns the error at the end of a collection.
-func lastError(w *Writes) (last error) {
+func lastError(w tracker) (last error) {
 	for _, err := range w.Collect() {
 		last = err
 	}
@@ -456,7 +463,7 @@ func TestWritesMany(t *testing.T) {
 		m.write(i, i+1)
 		want = append(want, m.span(i, i+1))
 	}
-	if len(want) < 2*len(w.buf) {
+	if len(want) < 2*len(w.collector.buf) {
 		t.Fatalf("%d ranges do not need several scans", len(want))
 	}
 	if got := collect(t, w); !slices.Equal(got, want) {

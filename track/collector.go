@@ -1,0 +1,77 @@
+package track
+
+import (
+	"cmp"
+	"fmt"
+	"iter"
+	"sync"
+
+	"github.com/go-uffd/uffd"
+)
+
+// A collector makes the collections of a Writes or an Accesses.
+type collector struct {
+	pagemap *Pagemap
+	running sync.Mutex
+	buf     []Region
+	left    []Region // collected and not handed out yet
+}
+
+// loop returns the loop over a collection. One runs at a time. collect passes
+// ranges to yield, and reports false if that did.
+func (c *collector) loop(collect func(yield func(uffd.Range) bool) (more bool, err error)) iter.Seq2[uffd.Range, error] {
+	return func(yield func(uffd.Range, error) bool) {
+		if !c.running.TryLock() {
+			yield(uffd.Range{}, fmt.Errorf("track: collecting: %w", invalid("another loop is collecting")))
+			return
+		}
+		defer c.running.Unlock()
+		hand := func(r uffd.Range) bool { return yield(r, nil) }
+		if !c.handOut(hand) {
+			return
+		}
+		more, err := collect(hand)
+		if more && err == nil {
+			err = c.pagemap.alive()
+		}
+		if more && err != nil {
+			yield(uffd.Range{}, fmt.Errorf("track: collecting: %w", err))
+		}
+	}
+}
+
+// scan passes to yield what s finds. If reset is not nil, it resets what was
+// found before that, and returns how many of the regions it has.
+func (c *collector) scan(s Scan, reset func([]Region) (int, error), yield func(uffd.Range) bool) (more bool, err error) {
+	if c.buf == nil {
+		c.buf = make([]Region, 4096)
+	}
+	for s.Range.Len > 0 {
+		n, next, err := c.pagemap.Scan(&s, c.buf)
+		if reset != nil {
+			done, failed := reset(c.buf[:n])
+			n, err = done, cmp.Or(failed, err)
+		}
+		c.left = c.buf[:n]
+		if !c.handOut(yield) {
+			return false, nil
+		}
+		if err != nil {
+			return true, err
+		}
+		s.Range = s.Range.Skip(int64(next - s.Range.Start))
+	}
+	return true, nil
+}
+
+// handOut hands out what is left. It reports false if yield did.
+func (c *collector) handOut(yield func(uffd.Range) bool) bool {
+	for len(c.left) > 0 {
+		r := c.left[0].Range()
+		c.left = c.left[1:]
+		if !yield(r) {
+			return false
+		}
+	}
+	return true
+}

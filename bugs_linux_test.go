@@ -52,6 +52,18 @@ var demonstrations = map[*uffdtest.Bug]func(*testing.T) bool{
 		_, _, e = unix.Syscall(unix.SYS_IOCTL, fd, uintptr(request), uintptr(unsafe.Pointer(&api)))
 		return e == 0
 	},
+	uffdtest.PageForExact: func(t *testing.T) bool {
+		requireExactAddress(t)
+		p := uffdtest.Start(t)
+		mem := p.Map(uffdtest.Anon, 1)
+		f := p.Open(&uffd.Config{Require: uffd.FeatureExactAddress})
+		register(t, f, mem.Range, uffd.RegisterMissing)
+		load := p.Load(mem.Start + 17)
+		fault := nextFault(t, f, mem.Range, 0)
+		fill(t, f, mem.Kind, mem.Range, 1, 0)
+		load.Value()
+		return fault.Addr != mem.Start+17
+	},
 	uffdtest.MoveOnShmem: func(t *testing.T) bool {
 		requireOffer(t, uffd.FeatureMove)
 		p := uffdtest.Start(t)

@@ -851,8 +851,8 @@ func TestHugetlbLength(t *testing.T) {
 }
 
 func TestExactAddress(t *testing.T) {
-	uffdtest.RequireArch(t, "a processor that tells the exact address", "s390x")
-	uffdtest.Require(t, uffd.FeatureExactAddress)
+	requireExactAddress(t)
+	uffdtest.PageForExact.Avoid(t)
 	eachKind(t, uffdtest.Kinds, 2, func(t *testing.T, p *uffdtest.Process, mem uffdtest.Memory) {
 		f := p.Open(&uffd.Config{Require: uffd.FeatureExactAddress})
 		register(t, f, mem.Range, uffd.RegisterMissing)
@@ -864,6 +864,12 @@ func TestExactAddress(t *testing.T) {
 		fill(t, f, mem.Kind, mem.Page(1), 1, 0)
 		load.Value()
 	})
+}
+
+func requireExactAddress(t *testing.T) {
+	t.Helper()
+	uffdtest.RequireArch(t, "a processor that tells the exact address", "s390x")
+	uffdtest.Require(t, uffd.FeatureExactAddress)
 }
 
 func TestPageAddress(t *testing.T) {

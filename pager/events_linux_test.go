@@ -423,6 +423,77 @@ func TestBeforeWrite(t *testing.T) {
 	}
 }
 
+// Protection leaves a mark where there is no page, and the kernel neither poisons
+// it nor, in private memory, puts the zero page there. Threads do not ask for such
+// a page for ever.
+func TestProtectedBefore(t *testing.T) {
+	uffdtest.Require(t, uffd.FeaturePoison|uffd.FeatureWPUnpopulated|uffd.FeatureWPHugetlbfsShmem)
+	for _, kind := range uffdtest.Kinds {
+		t.Run(kind.String(), func(t *testing.T) {
+			const pages = 4
+			if kind.Huge() {
+				uffdtest.LockSettings(t).HugePages(pages + 1)
+			}
+			contents := failing{source.FromBytes(image(kind, pages)), func(off int64) error {
+				if off/int64(kind.PageSize()) == 1 {
+					return errInjected
+				}
+				return nil
+			}}
+			protected := func(t *testing.T, p *pager.Pager, change func(*pager.Region)) (*served, uffdtest.Memory) {
+				proc := uffdtest.Start(t)
+				mem := proc.Map(kind, pages)
+				f := proc.Open(&uffd.Config{Require: uffd.FeatureWPUnpopulated, Prefer: pager.Events})
+				register(t, f, mem.Range, uffd.RegisterMissing|uffd.RegisterWP)
+				if err := f.WriteProtect(mem.Range, uffd.WriteProtectWP); err != nil {
+					t.Fatal(err)
+				}
+				r := region(mem, contents)
+				change(&r)
+				return serve(t, proc, f, p, r), mem
+			}
+			t.Run("poison", func(t *testing.T) {
+				var written atomic.Int32
+				s, mem := protected(t, &pager.Pager{RetryFor: -1, FaultAround: 1}, func(r *pager.Region) {
+					r.BeforeWrite = func(uffd.Range) { written.Add(1) }
+				})
+				s.holds(t, mem, 0, 1)
+				for range 2 {
+					if _, err := s.Load(mem.Page(1).Start).Result(); err != uffdtest.ErrSigbus {
+						t.Errorf("the access ended with %v, want a signal", err)
+					}
+				}
+				eventually(t, "the page is counted", func() bool { return s.client.Stats().Poisoned == 1 })
+				s.Store(mem.Page(2).Start, 77).Value()
+				if n := written.Load(); n != 1 {
+					t.Errorf("%d calls of BeforeWrite, want 1", n)
+				}
+				if n := len(s.reports()); n != 1 {
+					t.Errorf("reported %v", s.reports())
+				}
+			})
+			t.Run("outside", func(t *testing.T) {
+				if kind.Huge() { // what lies outside is taken for pages of the system's size
+					return
+				}
+				s, mem := protected(t, new(pager.Pager), func(r *pager.Region) { r.Range.Len = uint64(pageSize) })
+				if _, err := s.Load(mem.Page(1).Start).Result(); err != uffdtest.ErrSigbus {
+					t.Errorf("the access ended with %v, want a signal", err)
+				}
+				s, mem = protected(t, &pager.Pager{UnknownZero: true}, func(r *pager.Region) { r.Range.Len = uint64(pageSize) })
+				s.holds(t, mem, 1, 0)
+			})
+			t.Run("zeros", func(t *testing.T) { // somebody else has protected it
+				s, mem := protected(t, new(pager.Pager), func(r *pager.Region) { r.Source = source.Zero(1 << 40) })
+				for i := range pages {
+					s.holds(t, mem, i, 0)
+				}
+				s.noErrors(t)
+			})
+		})
+	}
+}
+
 // Threads that wait for a page which somebody else installs without waking them
 // are woken.
 func TestExistingPageWakes(t *testing.T) {

@@ -130,16 +130,15 @@ func (s hooked) Borrow(off int64, n int, use func([]byte) error) error {
 func TestRemoveDuringFill(t *testing.T) {
 	proc := uffdtest.Start(t)
 	mem, f := mapped(t, proc, uffdtest.Anon, 2)
-	var remove *uffdtest.Call
-	contents := hooked{source.FromBytes(image(uffdtest.Anon, 2)), func(int) {
-		if remove == nil {
-			remove = proc.Madvise(mem.Page(1), unix.MADV_DONTNEED)
-			eventually(t, "the event waits", func() bool { return waits(t, f) })
-		}
-	}}
+	removes := make(chan *uffdtest.Call, 1)
+	begin := sync.OnceFunc(func() {
+		removes <- proc.Madvise(mem.Page(1), unix.MADV_DONTNEED)
+		eventually(t, "the event waits", func() bool { return waits(t, f) })
+	})
+	contents := hooked{source.FromBytes(image(uffdtest.Anon, 2)), func(int) { begin() }}
 	s := serve(t, proc, f, &pager.Pager{FaultAround: 1}, region(mem, contents))
 	s.holds(t, mem, 0, 1)
-	remove.Value()
+	(<-removes).Value()
 	s.holds(t, mem, 1, 0)
 	eventually(t, "the refusal is counted", func() bool { return s.client.Stats().Deferred > 0 })
 	s.noErrors(t)
@@ -150,13 +149,15 @@ func TestRemoveDuringFill(t *testing.T) {
 func TestRemoveOvertakesFault(t *testing.T) {
 	proc := uffdtest.Start(t)
 	mem, f := mapped(t, proc, uffdtest.Anon, 3)
-	var load, remove *uffdtest.Call
+	var remove *uffdtest.Call // the loop's
+	calls := make(chan *uffdtest.Call, 2)
 	contents := hooked{source.FromBytes(image(uffdtest.Anon, 3)), func(page int) {
 		switch {
 		case remove == nil:
 			remove = proc.Madvise(mem.Page(1), unix.MADV_DONTNEED)
 			eventually(t, "the event waits", func() bool { return waits(t, f) })
-			load = proc.Load(mem.Page(1).Start)
+			calls <- proc.Load(mem.Page(1).Start)
+			calls <- remove
 			eventually(t, "the fault waits, too", func() bool { unread, _ := waitingFaults(t, f); return unread == 1 })
 		case page == 1: // what must not be: see it through
 			eventually(t, "the page is discarded", remove.Done)
@@ -164,10 +165,10 @@ func TestRemoveOvertakesFault(t *testing.T) {
 	}}
 	s := serve(t, proc, f, &pager.Pager{FaultAround: 1}, region(mem, contents))
 	s.holds(t, mem, 0, 1)
-	if b := load.Value(); b != 0 {
+	if b := (<-calls).Value(); b != 0 {
 		t.Errorf("loaded %d, want 0", b)
 	}
-	remove.Value()
+	(<-calls).Value()
 	s.holds(t, mem, 1, 0)
 	s.holds(t, mem, 2, 3)
 	s.noErrors(t)
@@ -508,7 +509,7 @@ func TestBeforeWrite(t *testing.T) {
 // Threads write to the same pages at the same time. When BeforeWrite is called for
 // the first time, the page is as it came.
 func TestNoWriteBefore(t *testing.T) {
-	const pages, threads = 2000, 4
+	const pages, threads = 1000, 4
 	for _, from := range []string{"bytes", "zeros", "shared"} {
 		t.Run(from, func(t *testing.T) {
 			uffdtest.Require(t, uffd.FeaturePagefaultFlagWP)

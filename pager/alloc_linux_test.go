@@ -3,6 +3,7 @@ package pager_test
 import (
 	"testing"
 
+	"github.com/go-uffd/uffd"
 	"github.com/go-uffd/uffd/internal/uffdtest"
 	"github.com/go-uffd/uffd/pager"
 	"github.com/go-uffd/uffd/source"
@@ -12,13 +13,20 @@ import (
 func TestNoAllocation(t *testing.T) {
 	const faults = 2000
 	for name, contents := range map[string]source.Source{
-		"lent":  source.FromBytes(make([]byte, faults*pageSize)),
-		"zeros": source.Zero(faults * int64(pageSize)),
+		"lent":             source.FromBytes(make([]byte, faults*pageSize)),
+		"zeros":            source.Zero(faults * int64(pageSize)),
+		"zeros, protected": source.Zero(faults * int64(pageSize)),
 	} {
 		t.Run(name, func(t *testing.T) {
 			proc := uffdtest.Start(t)
 			mem, f := mapped(t, proc, uffdtest.Anon, faults)
-			s := serve(t, proc, f, &pager.Pager{FaultAround: 1}, region(mem, contents))
+			r := region(mem, contents)
+			if name == "zeros, protected" {
+				uffdtest.Require(t, uffd.FeaturePagefaultFlagWP)
+				register(t, f, mem.Range, uffd.RegisterMissing|uffd.RegisterWP)
+				r.BeforeWrite = func(uffd.Range) {}
+			}
+			s := serve(t, proc, f, &pager.Pager{FaultAround: 1}, r)
 			s.holds(t, mem, 0, 0)
 			// Each run touches pages of its own.
 			part := mem

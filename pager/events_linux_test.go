@@ -1,12 +1,14 @@
 package pager_test
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -109,6 +111,87 @@ func TestRemoveRace(t *testing.T) {
 			s.noErrors(t)
 		})
 	}
+}
+
+// hooked lends its bytes after a hook that runs in the pager's loop: what it waits
+// for happens before the pager reads on.
+type hooked struct {
+	source.Borrower
+	before func(page int)
+}
+
+func (s hooked) Borrow(off int64, n int, use func([]byte) error) error {
+	s.before(int(off) / pageSize)
+	return s.Borrower.Borrow(off, n, use)
+}
+
+// A fill is refused because of an event that nobody has read yet: it has to be
+// read before the fill is tried again.
+func TestRemoveDuringFill(t *testing.T) {
+	proc := uffdtest.Start(t)
+	mem, f := mapped(t, proc, uffdtest.Anon, 2)
+	removes := make(chan *uffdtest.Call, 1)
+	begin := sync.OnceFunc(func() {
+		removes <- proc.Madvise(mem.Page(1), unix.MADV_DONTNEED)
+		eventually(t, "the event waits", func() bool { return waits(t, f) })
+	})
+	contents := hooked{source.FromBytes(image(uffdtest.Anon, 2)), func(int) { begin() }}
+	s := serve(t, proc, f, &pager.Pager{FaultAround: 1}, region(mem, contents))
+	s.holds(t, mem, 0, 1)
+	(<-removes).Value()
+	s.holds(t, mem, 1, 0)
+	eventually(t, "the refusal is counted", func() bool { return s.client.Stats().Deferred > 0 })
+	s.noErrors(t)
+}
+
+// The kernel delivers faults before the events that it delivers together with
+// them. What a fault asks for must not come back after its page was discarded.
+func TestRemoveOvertakesFault(t *testing.T) {
+	proc := uffdtest.Start(t)
+	mem, f := mapped(t, proc, uffdtest.Anon, 3)
+	var remove *uffdtest.Call // the loop's
+	calls := make(chan *uffdtest.Call, 2)
+	contents := hooked{source.FromBytes(image(uffdtest.Anon, 3)), func(page int) {
+		switch {
+		case remove == nil:
+			remove = proc.Madvise(mem.Page(1), unix.MADV_DONTNEED)
+			eventually(t, "the event waits", func() bool { return waits(t, f) })
+			calls <- proc.Load(mem.Page(1).Start)
+			calls <- remove
+			eventually(t, "the fault waits, too", func() bool { unread, _ := waitingFaults(t, f); return unread == 1 })
+		case page == 1: // what must not be: see it through
+			eventually(t, "the page is discarded", remove.Done)
+		}
+	}}
+	s := serve(t, proc, f, &pager.Pager{FaultAround: 1}, region(mem, contents))
+	s.holds(t, mem, 0, 1)
+	if b := (<-calls).Value(); b != 0 {
+		t.Errorf("loaded %d, want 0", b)
+	}
+	(<-calls).Value()
+	s.holds(t, mem, 1, 0)
+	s.holds(t, mem, 2, 3)
+	s.noErrors(t)
+}
+
+// waitingFaults returns how many faults of f nobody has read, and how many threads
+// wait in all.
+func waitingFaults(t testing.TB, f *uffd.File) (unread, waiting int) {
+	t.Helper()
+	conn, err := f.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var info []byte
+	conn.Control(func(fd uintptr) { info, err = os.ReadFile(fmt.Sprintf("/proc/self/fdinfo/%d", fd)) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, rest, _ := strings.Cut(string(info), "\npending:")
+	if _, err := fmt.Sscanf(rest, "%d\ntotal:%d", &unread, &waiting); err != nil {
+		t.Fatalf("fdinfo is %q: %v", info, err)
+	}
+	return unread, waiting
 }
 
 // Memory that is moved takes its contents and its history along; what stays
@@ -423,6 +506,164 @@ func TestBeforeWrite(t *testing.T) {
 	}
 }
 
+// Threads write to the same pages at the same time. When BeforeWrite is called for
+// the first time, the page is as it came.
+func TestNoWriteBefore(t *testing.T) {
+	const pages, threads = 1000, 4
+	for _, from := range []string{"bytes", "zeros", "shared"} {
+		t.Run(from, func(t *testing.T) {
+			uffdtest.Require(t, uffd.FeaturePagefaultFlagWP)
+			kind, mode := uffdtest.Anon, uffd.RegisterMissing|uffd.RegisterWP
+			if from == "shared" {
+				uffdtest.Require(t, uffd.FeatureMinorShmem|uffd.FeatureWPHugetlbfsShmem)
+				kind, mode = uffdtest.Shmem, mode|uffd.RegisterMinor
+			}
+			contents := image(kind, pages)
+			if from == "zeros" {
+				clear(contents)
+			}
+			proc := uffdtest.Start(t)
+			mem := proc.Map(kind, pages)
+			f := proc.Open(events)
+			register(t, f, mem.Range, mode)
+			r := region(mem, source.FromBytes(contents))
+			switch from {
+			case "zeros":
+				r.Source = source.Zero(int64(len(contents)))
+			case "shared":
+				r.Memory = attachMemory(t, proc, mem)
+			}
+			var called [pages]bool // in the loop
+			var late int
+			r.BeforeWrite = func(page uffd.Range) {
+				i := int(page.Start-mem.Start) / pageSize
+				if called[i] {
+					return
+				}
+				called[i] = true
+				now := make([]byte, pageSize)
+				local := []unix.Iovec{{Base: &now[0]}}
+				local[0].SetLen(len(now))
+				remote := []unix.RemoteIovec{{Base: uintptr(page.Start), Len: len(now)}}
+				if n, err := unix.ProcessVMReadv(proc.Pid, local, remote, 0); n != len(now) || err != nil {
+					t.Errorf("reading page %d: %d bytes, %v", i, n, err)
+				}
+				if !bytes.Equal(now, contents[i*pageSize:][:pageSize]) {
+					late++
+				}
+			}
+			s := serve(t, proc, f, &pager.Pager{FaultAround: 1}, r)
+			s.Run("write-together", uint64(mem.Start), pages, uint64(pageSize), threads).Value()
+			if err := s.client.Close(); err != nil { // ends the loop
+				t.Fatal(err)
+			}
+			if late > 0 {
+				t.Errorf("%d pages had been written when BeforeWrite was called", late)
+			}
+			never := 0
+			for _, yes := range called {
+				if !yes {
+					never++
+				}
+			}
+			if never > 0 {
+				t.Errorf("%d pages were written without BeforeWrite", never)
+			}
+			s.noErrors(t)
+		})
+	}
+}
+
+// "write-together" has threads write to each page, all in the same order, each a
+// byte of its own.
+var _ = uffdtest.Handle("write-together", func(args []uint64) ([]uint64, error) {
+	start, pages, size, threads := args[0], args[1], args[2], args[3]
+	var all sync.WaitGroup
+	for w := range threads {
+		all.Go(func() {
+			random := rand.New(rand.NewPCG(w, 0))
+			for i := range pages {
+				for range random.IntN(3000) { // not quite at the same time
+				}
+				uffdtest.BytesAt(start+i*size+w*64, 1)[0] = ^byte(i+1) | 1
+			}
+		})
+	}
+	all.Wait()
+	return nil, nil
+})
+
+// Protection leaves a mark where there is no page, and the kernel neither poisons
+// it nor, in private memory, puts the zero page there. Threads do not ask for such
+// a page for ever.
+func TestProtectedBefore(t *testing.T) {
+	uffdtest.Require(t, uffd.FeaturePoison|uffd.FeatureWPUnpopulated|uffd.FeatureWPHugetlbfsShmem)
+	for _, kind := range uffdtest.Kinds {
+		t.Run(kind.String(), func(t *testing.T) {
+			const pages = 4
+			if kind.Huge() {
+				uffdtest.LockSettings(t).HugePages(pages + 1)
+			}
+			contents := failing{source.FromBytes(image(kind, pages)), func(off int64) error {
+				if off/int64(kind.PageSize()) == 1 {
+					return errInjected
+				}
+				return nil
+			}}
+			protected := func(t *testing.T, p *pager.Pager, change func(*pager.Region)) (*served, uffdtest.Memory) {
+				proc := uffdtest.Start(t)
+				mem := proc.Map(kind, pages)
+				f := proc.Open(&uffd.Config{Require: uffd.FeatureWPUnpopulated, Prefer: pager.Events})
+				register(t, f, mem.Range, uffd.RegisterMissing|uffd.RegisterWP)
+				if err := f.WriteProtect(mem.Range, uffd.WriteProtectWP); err != nil {
+					t.Fatal(err)
+				}
+				r := region(mem, contents)
+				change(&r)
+				return serve(t, proc, f, p, r), mem
+			}
+			t.Run("poison", func(t *testing.T) {
+				var written atomic.Int32
+				s, mem := protected(t, &pager.Pager{RetryFor: -1, FaultAround: 1}, func(r *pager.Region) {
+					r.BeforeWrite = func(uffd.Range) { written.Add(1) }
+				})
+				s.holds(t, mem, 0, 1)
+				for range 2 {
+					if _, err := s.Load(mem.Page(1).Start).Result(); err != uffdtest.ErrSigbus {
+						t.Errorf("the access ended with %v, want a signal", err)
+					}
+				}
+				eventually(t, "the page is counted", func() bool { return s.client.Stats().Poisoned == 1 })
+				s.Store(mem.Page(2).Start, 77).Value()
+				if n := written.Load(); n != 1 {
+					t.Errorf("%d calls of BeforeWrite, want 1", n)
+				}
+				if n := len(s.reports()); n != 1 {
+					t.Errorf("reported %v", s.reports())
+				}
+			})
+			t.Run("outside", func(t *testing.T) {
+				if kind.Huge() { // what lies outside is taken for pages of the system's size
+					return
+				}
+				s, mem := protected(t, new(pager.Pager), func(r *pager.Region) { r.Range.Len = uint64(pageSize) })
+				if _, err := s.Load(mem.Page(1).Start).Result(); err != uffdtest.ErrSigbus {
+					t.Errorf("the access ended with %v, want a signal", err)
+				}
+				s, mem = protected(t, &pager.Pager{UnknownZero: true}, func(r *pager.Region) { r.Range.Len = uint64(pageSize) })
+				s.holds(t, mem, 1, 0)
+			})
+			t.Run("zeros", func(t *testing.T) { // somebody else has protected it
+				s, mem := protected(t, new(pager.Pager), func(r *pager.Region) { r.Source = source.Zero(1 << 40) })
+				for i := range pages {
+					s.holds(t, mem, i, 0)
+				}
+				s.noErrors(t)
+			})
+		})
+	}
+}
+
 // Threads that wait for a page which somebody else installs without waking them
 // are woken.
 func TestExistingPageWakes(t *testing.T) {
@@ -446,6 +687,41 @@ func TestExistingPageWakes(t *testing.T) {
 	if n := s.client.Stats().Existed; n != 1 {
 		t.Errorf("%d pages existed, want 1", n)
 	}
+}
+
+// Threads that wait for different pages of what one fault brings in are all woken.
+func TestNeighboursWake(t *testing.T) {
+	const pages, first = 32, 16
+	proc := uffdtest.Start(t)
+	mem, f := mapped(t, proc, uffdtest.Anon, pages)
+	gate := make(chan struct{})
+	s := serve(t, proc, f, new(pager.Pager), region(mem, slow{
+		source.FromBytes(image(uffdtest.Anon, pages)), map[int64]chan struct{}{int64(first * pageSize): gate}}))
+	var loads [pages]*uffdtest.Call
+	loads[first] = s.Load(mem.Page(first).Start)
+	eventually(t, "the source is read", func() bool { return s.client.Stats().Reads == 1 })
+	for i := range pages {
+		if i != first {
+			loads[i] = s.Load(mem.Page(i).Start)
+		}
+	}
+	eventually(t, "all faults are read", func() bool {
+		n := 0
+		for _, load := range loads {
+			if load.Done() {
+				n++
+			}
+		}
+		unread, waiting := waitingFaults(t, f)
+		return unread == 0 && waiting > 1 && n+waiting == pages
+	})
+	close(gate)
+	for i, load := range loads {
+		if b := load.Value(); b != uint64(i+1) {
+			t.Errorf("page %d: loaded %d, want %d", i, b, i+1)
+		}
+	}
+	s.noErrors(t)
 }
 
 // waits reports whether f has something to read.

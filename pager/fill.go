@@ -66,9 +66,11 @@ func (c *Client) unknown(p pending) error {
 	page := uffd.Range{Start: p.Addr &^ (systemPage - 1), Len: uint64(systemPage)}
 	var err error
 	if c.pager.UnknownZero || c.pager.OnFailure == Zeros {
-		_, err = c.file.ZeroPage(page, 0)
+		if _, err = c.file.ZeroPage(page, 0); errors.Is(err, syscall.EEXIST) {
+			_, err = c.zeroOver(page.Start)
+		}
 	} else if c.pager.OnFailure == Poison {
-		_, err = c.file.Poison(page, 0)
+		err = c.poisonPage(page)
 	}
 	if errors.Is(err, syscall.EEXIST) {
 		err = c.file.Wake(page)
@@ -274,6 +276,13 @@ func (c *Client) fillZeros(r *region, first, n uint64, w wanted) error {
 	return nil
 }
 
+// zeroOver installs a page of zeros of the system's size where ZEROPAGE says that
+// there is a page. In private memory it says so, and COPY does not, of the mark
+// that protection leaves where there is none.
+func (c *Client) zeroOver(a uffd.Addr) (int64, error) {
+	return c.file.Copy(a, zeroPage(uint64(systemPage)), 0)
+}
+
 // zeroPages has a page of zeros of each size that was asked for.
 var zeroPages sync.Map
 
@@ -318,7 +327,9 @@ func (c *Client) install(r *region, first, n uint64, op op, bytes []byte, w want
 			}
 			k, err = c.file.Copy(span.Start, bytes[:span.Len], mode)
 		case opZero:
-			k, err = c.file.ZeroPage(span, 0)
+			if k, err = c.file.ZeroPage(span, 0); k == 0 && errors.Is(err, syscall.EEXIST) {
+				k, err = c.zeroOver(span.Start)
+			}
 		case opContinue:
 			var mode uffd.ContinueMode
 			if r.writeProtected() {
@@ -499,17 +510,34 @@ func (c *Client) fail(r *region, i uint64, p pending, cause error) {
 // poison makes a page raise SIGBUS, or, if the kernel cannot, lets who touches it
 // wait.
 func (c *Client) poison(r *region, i uint64) error {
-	_, err := c.file.Poison(r.page(i), 0)
+	err := c.poisonPage(r.page(i))
 	switch {
 	case err == nil:
 		c.counters.poisoned.Add(1)
 	case errors.Is(err, syscall.EEXIST):
-		r.filled(i, 1)
-		return c.file.Wake(r.page(i))
+		return c.exists(r, i)
 	case errors.Is(err, syscall.EINVAL):
 		r.setState(i, held)
 		c.counters.held.Add(1)
 		return errWaits
 	}
 	return err
+}
+
+// poisonPage poisons a page. Where protection has left its mark in place of a
+// page, threads find none, but the kernel says EEXIST: the mark has to go. A page
+// that does exist, for somebody else has installed it, loses its protection.
+func (c *Client) poisonPage(page uffd.Range) error {
+	_, err := c.file.Poison(page, 0)
+	if !errors.Is(err, syscall.EEXIST) {
+		return err
+	}
+	lifted := c.file.WriteProtect(page, uffd.WriteProtectDontWake)
+	switch {
+	case lifted == nil:
+		_, err = c.file.Poison(page, 0)
+	case errors.Is(lifted, uffd.ErrRetry), errors.Is(lifted, uffd.ErrGone):
+		return lifted
+	}
+	return err // EEXIST also where nothing can be protected
 }

@@ -17,19 +17,20 @@ import (
 
 // What shipped servers of faults got wrong, and which tests would notice:
 //
-//	a refused fill tried in a loop, without reading the event    TestRemoveRace
-//	waiting for an event that does not come                      TestRemoveRace
+//	a refused fill tried in a loop, without reading the event    TestRemoveDuringFill
+//	waiting for an event that does not come                      TestRemoveRace, TestArm
 //	a fault dropped because the kernel refused to fill it        TestRemoveRace
 //	a page that exists taken for success, nobody woken           TestExistingPageWakes, TestHugePoolEmpty
-//	a fault filled that is older than the removal of its page    TestRemoveOvertakesRead, TestTorture
-//	reading of events that waits for a worker                    TestRemoveOvertakesRead
-//	a page installed first and protected afterwards              TestBeforeWrite
+//	a fault filled that is older than the removal of its page    TestRemoveOvertakesFault, TestRemoveOvertakesRead
+//	reading of events that waits for a worker                    TestRemoveOvertakesRead, TestSlowSource
+//	a page installed first and protected afterwards              TestNoWriteBefore
+//	a page that exists left without protection                   TestBeforeWrite
 //	a copy from behind the end of the source                     TestServe
 //	shared memory mapped that is not ready                       TestMinor
-//	descriptors of children leaked                               TestFork, TestTorture
+//	descriptors of children leaked                               TestFork, TestForkFails, TestTorture
 //	a server that dies                                           TestTakeOverLosesNoEvent and the like
 //	a mapped source unmapped while it is copied                  TestFileCloseWaits of package source
-//	pages installed without waking those who wait                TestExistingPageWakes
+//	pages installed without waking those who wait                TestNeighboursWake
 func TestMain(m *testing.M) {
 	pager.ProcessMain(openInProcess)
 	uffdtest.Main(m, uffdtest.Role{Name: "pager", Run: servePlan})

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"flag"
 	"os"
 	"path/filepath"
 	"testing"
@@ -71,6 +72,44 @@ func serveKind(t *testing.T, kind uffdtest.Kind, from source.Source, pages int) 
 		t.Errorf("padding: %d bytes are not zero", n)
 	}
 	s.holds(t, mem, pages, 0)
+	s.noErrors(t)
+}
+
+var gigantic = flag.Bool("gigantic", false, "have TestGigantic serve a page of 1 GiB; it takes 2 GiB of memory")
+
+// A page of 1 GiB is one fault.
+func TestGigantic(t *testing.T) {
+	if !*gigantic {
+		return // not asked for
+	}
+	const size, block = 1 << 30, 16 << 20
+	uffdtest.LockSettings(t).HugePagesOf(size, 1)
+	contents := make([]byte, size)
+	for i := range contents {
+		contents[i] = byte(1 + i/block)
+	}
+	proc := uffdtest.Start(t)
+	start := proc.Mmap(0, size, unix.PROT_READ|unix.PROT_WRITE,
+		unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_HUGETLB|unix.MAP_HUGE_1GB, -1)
+	mem := uffd.Range{Start: start, Len: size}
+	f := proc.Open(events)
+	register(t, f, mem, uffd.RegisterMissing)
+	s := serve(t, proc, f, new(pager.Pager), pager.Region{Range: mem, Source: source.FromBytes(contents), PageSize: size})
+	begin := time.Now()
+	s.Load(start + size - 1).Value()
+	t.Logf("the fault took %v", time.Since(begin))
+	for i := range size / block {
+		if n := s.Check(uffd.Range{Start: start + uffd.Addr(i*block), Len: block}, byte(1+i)).Value(); n != 0 {
+			t.Errorf("%d bytes of the block at %#x are not %d", n, i*block, 1+i)
+		}
+	}
+	if err := s.client.Close(); err != nil {
+		t.Fatal(err)
+	}
+	n := s.client.Stats()
+	if n.Missing != 1 || n.Copied != 1 {
+		t.Errorf("%d faults, %d pages copied; want 1, 1", n.Missing, n.Copied)
+	}
 	s.noErrors(t)
 }
 

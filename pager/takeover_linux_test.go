@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
+	"slices"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -347,6 +348,23 @@ func openShared(t testing.TB, proc *uffdtest.Process, mem uffdtest.Memory) *os.F
 	return f
 }
 
+// A stall is how long it took until the next pager, started at once, answered:
+// until it served, and until a thread that asked for a page while there was no
+// pager had it.
+type stall struct{ served, answered []time.Duration }
+
+func (s *stall) String() string {
+	show := func(d []time.Duration) string {
+		slices.Sort(d)
+		return fmt.Sprintf("median %v, maximum %v", d[len(d)/2].Round(time.Microsecond), d[len(d)-1].Round(time.Microsecond))
+	}
+	if len(s.answered) == 0 {
+		return "not measured"
+	}
+	return fmt.Sprintf("%d times from the kill until the next pager serves: %s; until it has answered a fault: %s",
+		len(s.answered), show(s.served), show(s.answered))
+}
+
 // TestTakeOverTorture kills pagers, and has them hand over in peace, at random
 // moments while a process loads, stores, discards, moves and unmaps, and compares
 // all memory with what it should be.
@@ -361,6 +379,7 @@ func TestTakeOverTorture(t *testing.T) {
 	start := time.Now()
 	var checked atomic.Uint64
 	var killed, ended int
+	var stall stall
 	for time.Since(start) < *takeoverTime && !t.Failed() {
 		proc := uffdtest.Start(t)
 		f := proc.Open(&uffd.Config{Prefer: pager.Events &^ uffd.FeatureEventFork})
@@ -382,6 +401,13 @@ func TestTakeOverTorture(t *testing.T) {
 			}
 			victims = append(victims, v)
 		}
+		probe := proc.Map(uffdtest.Anon, pages) // touched once a page, after a kill
+		register(t, f, probe.Range, uffd.RegisterMissing)
+		plan.Regions = append(plan.Regions, planned{Range: probe.Range, FD: -1})
+		probes := 0
+		var load *uffdtest.Call // that waits
+		var dead time.Time
+
 		k := keep(t, f, plan)
 		end := time.Now().Add(min(life, *takeoverTime))
 		var all sync.WaitGroup
@@ -396,6 +422,14 @@ func TestTakeOverTorture(t *testing.T) {
 		for alive := true; alive; {
 			p := k.start()
 			p.says("serves")
+			if load != nil {
+				stall.served = append(stall.served, time.Since(dead))
+				if b := load.Value(); b != uint64(probes) {
+					t.Errorf("page %d holds %d, want %d", probes-1, b, probes)
+				}
+				stall.answered = append(stall.answered, time.Since(dead))
+				load = nil
+			}
 			select {
 			case <-over:
 				alive = false
@@ -405,8 +439,13 @@ func TestTakeOverTorture(t *testing.T) {
 				p.end()
 				ended++
 			} else {
+				dead = time.Now()
 				p.kill()
 				killed++
+				if probes < 255 {
+					load = proc.Load(probe.Page(probes).Start)
+					probes++
+				}
 			}
 		}
 		p := k.start()
@@ -424,6 +463,7 @@ func TestTakeOverTorture(t *testing.T) {
 		f.Close()
 	}
 	t.Logf("%d pagers killed, %d ended in peace, %d bytes checked in %.1f s", killed, ended, checked.Load(), time.Since(start).Seconds())
+	t.Log(&stall)
 	if killed == 0 || checked.Load() == 0 {
 		t.Error("nothing was tried")
 	}

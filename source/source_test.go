@@ -283,6 +283,14 @@ func TestFile(t *testing.T) {
 	if !bytes.Equal(got, want) {
 		t.Error("wrong contents")
 	}
+	for _, at := range []struct {
+		off int64
+		n   int
+	}{{-1, 1}, {f.Size() - 1, 2}, {f.Size(), 1}, {0, 0}} {
+		if err := f.Borrow(at.off, at.n, func([]byte) error { return nil }); err != source.ErrNotInMemory {
+			t.Errorf("Borrow of %d bytes at %d: %v, want ErrNotInMemory", at.n, at.off, err)
+		}
+	}
 	for off := int64(0); off < f.Size(); {
 		kind, n := source.RunAt(f, off)
 		if n <= 0 {

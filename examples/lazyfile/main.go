@@ -11,6 +11,7 @@
 package main
 
 import (
+	"context"
 	"crypto/sha256"
 	"errors"
 	"fmt"
@@ -23,6 +24,8 @@ import (
 
 	"github.com/go-uffd/uffd"
 	"github.com/go-uffd/uffd/examples/internal/twin"
+	"github.com/go-uffd/uffd/pager"
+	"github.com/go-uffd/uffd/source"
 )
 
 func main() {
@@ -54,7 +57,7 @@ func hashMemory(path string) error {
 	if err != nil {
 		return err
 	}
-	f, err := uffd.New(nil)
+	f, err := uffd.New(&uffd.Config{Prefer: pager.Events})
 	if err != nil {
 		return err
 	}
@@ -75,20 +78,16 @@ func roundUp(n int) int {
 
 // serve is the first process.
 func serve(path string, out io.Writer) error {
-	file, err := os.Open(path)
+	file, err := source.OpenFile(path)
 	if err != nil {
 		return err
 	}
 	defer file.Close()
-	info, err := file.Stat()
+	if file.Size() == 0 {
+		return fmt.Errorf("%s is empty", path)
+	}
+	want, err := hashFile(path)
 	if err != nil {
-		return err
-	}
-	if !info.Mode().IsRegular() || info.Size() == 0 {
-		return fmt.Errorf("%s: want a regular file that is not empty", path)
-	}
-	hash := sha256.New()
-	if _, err := io.Copy(hash, file); err != nil {
 		return err
 	}
 
@@ -109,71 +108,54 @@ func serve(path string, out io.Writer) error {
 	}
 	defer f.Close()
 
+	// The file's bytes go straight from the page cache to the other process.
+	p := pager.Pager{ErrorHook: func(_ *pager.Client, err error) { log.Print(err) }}
+	c, err := p.Attach(f, pager.Region{Range: mem, Source: file})
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	pidfd, err := pager.OpenPid(second.Process.Pid)
+	if err != nil {
+		return err
+	}
+	defer pidfd.Close()
+	c.Watch(pidfd) // to know when the process has ended
+
 	start := time.Now()
 	if err := second.Continue(); err != nil {
 		return err
 	}
-	type outcome struct {
-		pages int
-		err   error
-	}
-	served := make(chan outcome, 1)
+	served := make(chan error, 1)
 	go func() {
-		pages, err := servePages(f, mem, file)
-		if err != nil {
-			second.Process.Kill() // better none than one with wrong memory
-		}
-		served <- outcome{pages, err}
+		err := c.Serve(context.Background())
+		second.Process.Kill() // if Serve has failed, nobody serves the process any more
+		served <- err
 	}()
 	var sum string
 	_, scanErr := fmt.Fscan(answer, &sum)
 	waitErr := second.Wait()
 	elapsed := time.Since(start)
-	f.Close() // ends servePages
-	o := <-served
-	if err := errors.Join(o.err, waitErr, scanErr); err != nil {
+	if err := errors.Join(<-served, waitErr, scanErr); err != nil {
 		return err
 	}
 
-	fmt.Fprintf(out, "file    %x\n", hash.Sum(nil))
+	fmt.Fprintf(out, "file    %s\n", want)
 	fmt.Fprintf(out, "memory  %s\n", sum)
-	fmt.Fprintf(out, "%d faults, %d bytes, %v\n", o.pages, info.Size(), elapsed.Round(time.Microsecond))
-	if sum != fmt.Sprintf("%x", hash.Sum(nil)) {
+	fmt.Fprintf(out, "%d faults, %d bytes, %v\n", c.Stats().Missing, file.Size(), elapsed.Round(time.Microsecond))
+	if sum != want {
 		return errors.New("the hashes differ")
 	}
 	return nil
 }
 
-// servePages installs a page for each fault until f is closed.
-func servePages(f *uffd.File, mem uffd.Range, file io.ReaderAt) (pages int, err error) {
-	page := make([]byte, os.Getpagesize())
-	for {
-		m, err := f.ReadMsg()
-		if errors.Is(err, os.ErrClosed) {
-			return pages, nil
-		}
-		if err != nil {
-			return pages, err
-		}
-		fault, ok := m.Pagefault()
-		if !ok {
-			continue
-		}
-		n, err := file.ReadAt(page, int64(fault.Addr-mem.Start))
-		if err != nil && err != io.EOF {
-			return pages, err
-		}
-		clear(page[n:]) // what lies behind the end of the file
-		_, err = f.Copy(fault.Addr, page, 0)
-		if errors.Is(err, unix.EEXIST) {
-			err = f.Wake(uffd.Range{Start: fault.Addr, Len: uint64(len(page))})
-		}
-		if errors.Is(err, uffd.ErrGone) {
-			return pages, nil
-		}
-		if err != nil {
-			return pages, err
-		}
-		pages++
+func hashFile(path string) (string, error) {
+	file, err := os.Open(path)
+	if err != nil {
+		return "", err
 	}
+	defer file.Close()
+	hash := sha256.New()
+	_, err = io.Copy(hash, file)
+	return fmt.Sprintf("%x", hash.Sum(nil)), err
 }

@@ -182,6 +182,31 @@ func (s *Settings) HugePages(n int) {
 	}
 }
 
+// HugePagesOf makes n huge pages of size bytes free, or skips the test.
+func (s *Settings) HugePagesOf(size uint64, n int) {
+	s.t.Helper()
+	dir := fmt.Sprintf("/sys/kernel/mm/hugepages/hugepages-%dkB/", size>>10)
+	read := func(name string) int {
+		text, err := os.ReadFile(dir + name)
+		if err != nil {
+			skip(s.t, "huge pages of %d bytes: %v", size, err)
+		}
+		number, err := strconv.Atoi(strings.TrimSpace(string(text)))
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		return number
+	}
+	available := func() int { return read("free_hugepages") - read("resv_hugepages") }
+	if available() >= n {
+		return
+	}
+	s.Set(dir+"nr_hugepages", strconv.Itoa(read("nr_hugepages")+n-available()))
+	if free := available(); free < n {
+		skip(s.t, "memory for %d huge pages of %d bytes (got %d)", n, size, free)
+	}
+}
+
 // HugePageSize returns the default size of huge pages in bytes, 0 if there are
 // none.
 func HugePageSize() int { return meminfo()["Hugepagesize"] << 10 }

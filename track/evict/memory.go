@@ -107,9 +107,6 @@ func (m *memory) Borrow(off int64, n int, use func(p []byte) error) error {
 	switch {
 	case !p.resident:
 		if err := m.fetch(off); err != nil {
-			// The pager poisons the page, which does not go where a mark of
-			// the protection is left.
-			m.uffd.WriteProtect(m.at(off), 0)
 			return m.fail(err)
 		}
 	default:

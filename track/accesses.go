@@ -159,7 +159,7 @@ func (a *Accesses) protect(r uffd.Range, page uint64) error {
 func (a *Accesses) Collect() iter.Seq2[uffd.Range, error] { return a.collector.loop(a.collect) }
 
 // collect reports false if yield did.
-func (a *Accesses) collect(yield func(uffd.Range) bool) (more bool, err error) {
+func (a *Accesses) collect(yield body) (more bool, err error) {
 	// Area by area, for all pages of one are of the same size: what is found in
 	// neighbours would come as one region.
 	for i := range a.areas {

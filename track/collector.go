@@ -9,6 +9,9 @@ import (
 	"github.com/go-uffd/uffd"
 )
 
+// A body is that of a loop over ranges.
+type body = func(uffd.Range, error) bool
+
 // A collector makes the collections of a Writes or an Accesses.
 type collector struct {
 	pagemap *Pagemap
@@ -18,19 +21,18 @@ type collector struct {
 }
 
 // loop returns the loop over a collection. One runs at a time. collect passes
-// ranges to yield, and reports false if that did.
-func (c *collector) loop(collect func(yield func(uffd.Range) bool) (more bool, err error)) iter.Seq2[uffd.Range, error] {
+// ranges to yield, without an error, and reports false if that did.
+func (c *collector) loop(collect func(yield body) (more bool, err error)) iter.Seq2[uffd.Range, error] {
 	return func(yield func(uffd.Range, error) bool) {
 		if !c.running.TryLock() {
 			yield(uffd.Range{}, fmt.Errorf("track: collecting: %w", invalid("another loop is collecting")))
 			return
 		}
 		defer c.running.Unlock()
-		hand := func(r uffd.Range) bool { return yield(r, nil) }
-		if !c.handOut(hand) {
+		if !c.handOut(yield) {
 			return
 		}
-		more, err := collect(hand)
+		more, err := collect(yield)
 		if more && err == nil {
 			err = c.pagemap.alive()
 		}
@@ -42,7 +44,7 @@ func (c *collector) loop(collect func(yield func(uffd.Range) bool) (more bool, e
 
 // scan passes to yield what s finds. If reset is not nil, it resets what was
 // found before that, and returns how many of the regions it has.
-func (c *collector) scan(s Scan, reset func([]Region) (int, error), yield func(uffd.Range) bool) (more bool, err error) {
+func (c *collector) scan(s Scan, reset func([]Region) (int, error), yield body) (more bool, err error) {
 	if c.buf == nil {
 		c.buf = make([]Region, 4096)
 	}
@@ -65,11 +67,13 @@ func (c *collector) scan(s Scan, reset func([]Region) (int, error), yield func(u
 }
 
 // handOut hands out what is left. It reports false if yield did.
-func (c *collector) handOut(yield func(uffd.Range) bool) bool {
-	for len(c.left) > 0 {
-		r := c.left[0].Range()
-		c.left = c.left[1:]
-		if !yield(r) {
+func (c *collector) handOut(yield body) bool {
+	i := 0
+	defer func() { c.left = c.left[i:] }()
+	for i < len(c.left) {
+		r := c.left[i].Range()
+		i++
+		if !yield(r, nil) {
 			return false
 		}
 	}

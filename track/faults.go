@@ -247,7 +247,7 @@ func (s *faults) discarded(r uffd.Range) {
 const maxRun = 512
 
 // collect reports false if yield did.
-func (s *faults) collect(yield func(uffd.Range) bool) (more bool, err error) {
+func (s *faults) collect(yield body) (more bool, err error) {
 	for j := range s.areas {
 		a := &s.areas[j]
 		for i := uint64(0); i < a.pages(); {
@@ -259,7 +259,7 @@ func (s *faults) collect(yield func(uffd.Range) bool) (more bool, err error) {
 			if err != nil {
 				return true, err
 			}
-			if first < end && !yield(a.span(first, end)) {
+			if first < end && !yield(a.span(first, end), nil) {
 				return false, nil
 			}
 			i = end

@@ -225,7 +225,7 @@ func (w *Writes) Collect() iter.Seq2[uffd.Range, error] {
 }
 
 // collect reports false if yield did.
-func (w *Writes) collect(yield func(uffd.Range) bool) (more bool, err error) {
+func (w *Writes) collect(yield body) (more bool, err error) {
 	if w.faults != nil {
 		return w.faults.collect(yield)
 	}

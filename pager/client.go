@@ -22,6 +22,7 @@ type Client struct {
 	family   *family
 	peer     Peer
 	gone     atomic.Bool // the process is
+	ticked   atomic.Bool // it is to be looked after
 	homes    []Region    // as attached
 	recorder atomic.Pointer[recorder]
 	ledger   *ledger // nil: nobody can take over

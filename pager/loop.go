@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"runtime/debug"
 	"syscall"
@@ -30,8 +31,8 @@ type loop struct {
 
 	graduated bool // nothing is to be registered any more
 
-	tick  time.Duration // when to look after the process
-	armed time.Duration // deadline of the File
+	ticker *time.Timer   // when to look after the process
+	armed  time.Duration // deadline of the File, or unarmed
 
 	lent lent
 	use  func([]byte) error // useLent
@@ -45,7 +46,13 @@ type pending struct {
 
 const (
 	tickEvery = time.Second
-	busyWait  = time.Millisecond // how long a message that is announced may take to come
+
+	// A deadline of the File costs a look at the clock for each message, so that
+	// there is none as a rule.
+	forever = time.Duration(math.MaxInt64)
+	unarmed = time.Duration(-1)
+
+	busyWait = time.Millisecond // how long a message that is announced may take to come
 
 	againMin   = 20 * time.Microsecond
 	troubleMin = 100 * time.Microsecond
@@ -65,7 +72,13 @@ func (c *Client) poke() { c.file.SetReadDeadline(epoch) }
 // attention reports whether there is something to look at for which poke was, or
 // is about to be called.
 func (c *Client) attention(ctx context.Context) bool {
-	return c.queue.filled.Load() || c.gone.Load() || ctx.Err() != nil
+	return c.queue.filled.Load() || c.ticked.Load() || c.gone.Load() || ctx.Err() != nil
+}
+
+// tick makes the loop look after the process.
+func (c *Client) tick() {
+	c.ticked.Store(true)
+	c.poke()
 }
 
 // serve is the loop's life.
@@ -78,8 +91,9 @@ func (c *Client) serve(ctx context.Context) error {
 	}
 	defer c.abandon()
 	l := &c.loop
-	l.tick = now() + tickEvery
-	l.ctx, l.armed = ctx, 0
+	l.ticker = time.AfterFunc(tickEvery, c.tick)
+	defer l.ticker.Stop()
+	l.ctx, l.armed = ctx, unarmed
 	for {
 		if err := ctx.Err(); err != nil {
 			return err
@@ -100,7 +114,7 @@ func (c *Client) serve(ctx context.Context) error {
 		case err == nil:
 			c.batch(msgs)
 		case errors.Is(err, os.ErrDeadlineExceeded):
-			l.armed = 0
+			l.armed = unarmed
 		case errors.Is(err, syscall.EMFILE), errors.Is(err, syscall.ENFILE):
 			c.report(fmt.Errorf("pager: a child waits for a free descriptor: %w", err))
 			pause(ctx, backoff(troubleMin, 10))
@@ -139,9 +153,9 @@ func (c *Client) watch() (stop func()) {
 // arm sets the time at which ReadMsgs gives up.
 func (c *Client) arm(busy bool) {
 	l := &c.loop
-	want := l.tick
+	want := forever
 	if busy {
-		want = min(want, now()+busyWait)
+		want = now() + busyWait
 	}
 	if len(l.again) > 0 || len(l.done) > 0 {
 		want = min(want, l.retryAt)
@@ -154,9 +168,14 @@ func (c *Client) arm(busy bool) {
 			want = min(want, t.due)
 		}
 	}
-	if want != l.armed {
+	if want == l.armed {
+		return
+	}
+	l.armed = want
+	if want == forever {
+		c.file.SetReadDeadline(time.Time{})
+	} else {
 		c.file.SetReadDeadline(epoch.Add(max(want, 1)))
-		l.armed = want
 	}
 }
 
@@ -234,7 +253,8 @@ func (c *Client) work() (busy bool) {
 		l.tasks = append(l.tasks, tasks...)
 		l.retryAt = 0
 	}
-	if len(l.done)+len(l.again)+len(l.troubles)+len(l.tasks) == 0 && now() < l.tick {
+	ticked := c.ticked.Load() && c.ticked.Swap(false)
+	if len(l.done)+len(l.again)+len(l.troubles)+len(l.tasks) == 0 && !ticked {
 		return false
 	}
 	t := now()
@@ -250,8 +270,8 @@ func (c *Client) work() (busy bool) {
 			delete(l.troubles, page)
 		}
 	}
-	if t >= l.tick {
-		l.tick = t + tickEvery
+	if ticked {
+		l.ticker.Reset(tickEvery)
 		c.probe()
 	}
 	return c.step()

@@ -29,15 +29,15 @@ func TestArm(t *testing.T) {
 		set  func(l *loop)
 		want time.Duration
 	}{
-		"nothing":       {func(*loop) {}, 2 * soon},
+		"nothing":       {func(*loop) {}, forever},
 		"a fault":       {func(l *loop) { l.again, l.retryAt = make([]pending, 1), soon }, soon},
 		"a read":        {func(l *loop) { l.done, l.retryAt = make([]*job, 1), soon }, soon},
 		"a task":        {func(l *loop) { l.tasks = []*task{{due: soon}} }, soon},
 		"a page":        {func(l *loop) { l.troubles[4096] = trouble{waits: true, due: soon} }, soon},
-		"nobody's page": {func(l *loop) { l.troubles[4096] = trouble{due: soon} }, 2 * soon},
+		"nobody's page": {func(l *loop) { l.troubles[4096] = trouble{due: soon} }, forever},
 	} {
 		c := testClient(t, new(Pager))
-		c.loop.tick = 2 * soon
+		c.loop.armed = unarmed
 		test.set(&c.loop)
 		c.arm(false)
 		if c.loop.armed != test.want {

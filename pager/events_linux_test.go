@@ -658,9 +658,54 @@ func TestProtectedBefore(t *testing.T) {
 				for i := range pages {
 					s.holds(t, mem, i, 0)
 				}
+				if kind != uffdtest.Anon && kind != uffdtest.ShmemPrivate { // the kernel takes the mark away
+					return
+				}
+				s.Store(mem.Page(2).Start, 7).Value()
+				eventually(t, "the page is still protected", func() bool { return s.client.Stats().WriteProtected > 0 })
 				s.noErrors(t)
 			})
 		})
+	}
+}
+
+// Zeros do not take the place of poison: nobody has asked for that page.
+func TestZerosNextToPoison(t *testing.T) {
+	uffdtest.Require(t, uffd.FeaturePoison)
+	for _, mode := range []uffd.RegisterMode{uffd.RegisterMissing, uffd.RegisterMissing | uffd.RegisterWP} {
+		if mode.Has(uffd.RegisterWP) {
+			uffdtest.Require(t, uffd.FeaturePagefaultFlagWP)
+		}
+		for name, reach := range map[string]func(*served, uffdtest.Memory){
+			"Populate": func(s *served, mem uffdtest.Memory) {
+				if err := s.client.Populate(t.Context(), nil); err != nil {
+					t.Error(err)
+				}
+			},
+			"fault-around": func(s *served, mem uffdtest.Memory) {
+				for i := range 16 {
+					if i != 5 {
+						s.holds(t, mem, i, 0)
+					}
+				}
+			},
+		} {
+			t.Run(mode.String()+"/"+name, func(t *testing.T) {
+				proc := uffdtest.Start(t)
+				mem := proc.Map(uffdtest.Anon, 16)
+				f := proc.Open(events)
+				register(t, f, mem.Range, mode)
+				if _, err := f.Poison(mem.Page(5), 0); err != nil {
+					t.Fatal(err)
+				}
+				s := serve(t, proc, f, &pager.Pager{FaultAround: 16 * pageSize}, region(mem, source.Zero(1<<40)))
+				reach(s, mem)
+				if v, err := s.Load(mem.Page(5).Start).Result(); err != uffdtest.ErrSigbus {
+					t.Errorf("the poisoned page has %d, %v", v, err)
+				}
+				s.noErrors(t)
+			})
+		}
 	}
 }
 

@@ -276,11 +276,16 @@ func (c *Client) fillZeros(r *region, first, n uint64, w wanted) error {
 	return nil
 }
 
-// zeroOver installs a page of zeros of the system's size where ZEROPAGE says that
-// there is a page. In private memory it says so, and COPY does not, of the mark
-// that protection leaves where there is none.
+// zeroOver installs a page of zeros of the system's size for which a thread waits,
+// although ZEROPAGE says EEXIST: it does so of the mark that write protection
+// leaves on a missing page, and COPY does not. The page stays protected. COPY
+// would also go over the marks of poison and guards, but there no thread waits.
 func (c *Client) zeroOver(a uffd.Addr) (int64, error) {
-	return c.file.Copy(a, zeroPage(uint64(systemPage)), 0)
+	n, err := c.file.Copy(a, zeroPage(uint64(systemPage)), uffd.CopyWP)
+	if errors.Is(err, syscall.EINVAL) { // nothing can be protected here
+		err = syscall.EEXIST
+	}
+	return n, err
 }
 
 // zeroPages has a page of zeros of each size that was asked for.
@@ -327,7 +332,8 @@ func (c *Client) install(r *region, first, n uint64, op op, bytes []byte, w want
 			}
 			k, err = c.file.Copy(span.Start, bytes[:span.Len], mode)
 		case opZero:
-			if k, err = c.file.ZeroPage(span, 0); k == 0 && errors.Is(err, syscall.EEXIST) {
+			k, err = c.file.ZeroPage(span, 0)
+			if k == 0 && errors.Is(err, syscall.EEXIST) && w.origin == demand && w.page == first {
 				k, err = c.zeroOver(span.Start)
 			}
 		case opContinue:
@@ -526,17 +532,20 @@ func (c *Client) poison(r *region, i uint64) error {
 
 // poisonPage poisons a page. Where protection has left its mark in place of a
 // page, threads find none, but the kernel says EEXIST: the mark has to go. A page
-// that does exist, for somebody else has installed it, loses its protection.
+// that does exist, for somebody else has installed it, is without its protection
+// for a moment.
 func (c *Client) poisonPage(page uffd.Range) error {
 	_, err := c.file.Poison(page, 0)
 	if !errors.Is(err, syscall.EEXIST) {
 		return err
 	}
 	lifted := c.file.WriteProtect(page, uffd.WriteProtectDontWake)
-	switch {
-	case lifted == nil:
-		_, err = c.file.Poison(page, 0)
-	case errors.Is(lifted, uffd.ErrRetry), errors.Is(lifted, uffd.ErrGone):
+	if lifted == nil {
+		if _, err = c.file.Poison(page, 0); errors.Is(err, syscall.EEXIST) {
+			lifted = c.file.WriteProtect(page, uffd.WriteProtectWP)
+		}
+	}
+	if errors.Is(lifted, uffd.ErrRetry) || errors.Is(lifted, uffd.ErrGone) {
 		return lifted
 	}
 	return err // EEXIST also where nothing can be protected

@@ -66,7 +66,7 @@ const (
 
 	// FeatureExactAddress reports the exact address of a fault instead of its
 	// page (UFFD_FEATURE_EXACT_ADDRESS, Linux 5.18). On s390x the machine itself
-	// tells the page only; so do 32-bit ARM kernels before 6.12.
+	// tells the page only; so do some 32-bit ARM kernels before 6.12.
 	FeatureExactAddress Features = 1 << 11
 
 	// FeatureWPHugetlbfsShmem says that [RegisterWP] works on hugetlb and

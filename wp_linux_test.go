@@ -112,7 +112,7 @@ func testWPFork(t *testing.T, event uffd.Features) {
 	uffdtest.RequireKernel(t, 5, 14, "protection in pagemap")
 	eachKind(t, uffdtest.Kinds, 2, func(t *testing.T, p *uffdtest.Process, mem uffdtest.Memory) {
 		requireWP(t, mem.Kind)
-		if mem.Kind == uffdtest.HugetlbPrivate && event == 0 {
+		if mem.Kind == uffdtest.HugetlbPrivate {
 			uffdtest.ForkedWPHugetlb.Avoid(t)
 		}
 		f := p.Open(&uffd.Config{Require: event})

@@ -35,6 +35,7 @@ var (
 		What: "EXACT_ADDRESS is offered, and faults have the address of the page",
 		Here: func() bool { return kernelIn("5.18", "6.12") && runtime.GOARCH == "arm" },
 	}
+	// ForkedWPHugetlb: with FeatureEventFork now and then.
 	ForkedWPHugetlb = &Bug{
 		What: "a forked child that writes to write-protected private hugetlb memory faults for ever",
 		Here: func() bool { return kernelIn("5.19", "6.4") && Machine() == "x86_64" },

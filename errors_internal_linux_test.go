@@ -100,3 +100,29 @@ func TestBeginAfterClose(t *testing.T) {
 		t.Error("the closed file is kept")
 	}
 }
+
+// A deadline counts from now on, and does not wrap round.
+func TestDeadlineAt(t *testing.T) {
+	for _, c := range []struct {
+		now, left time.Duration
+		want      int64
+	}{
+		{5, 10, 15},
+		{5, -3, 2},
+		{5, -10, 1}, // 0 is none
+		{5, math.MinInt64, 1},
+		{5, math.MaxInt64, math.MaxInt64},
+		{math.MaxInt64 / 2, math.MaxInt64, math.MaxInt64},
+	} {
+		if got := deadlineAt(c.now, c.left); got != c.want {
+			t.Errorf("at %d, %d left: %d, want %d", c.now, c.left, got, c.want)
+		}
+	}
+	var d deadline
+	for _, past := range []time.Time{time.Now().Add(-time.Hour), time.Now().Round(0).Add(-time.Hour), {}} {
+		d.set(past)
+		if over := d.over(); over == past.IsZero() {
+			t.Errorf("the deadline %v is over: %t", past, over)
+		}
+	}
+}

@@ -94,6 +94,7 @@ package uffd
 import (
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"sync"
 	"sync/atomic"
@@ -749,8 +750,17 @@ func (d *deadline) set(t time.Time) {
 	if t.IsZero() {
 		d.at.Store(0)
 	} else {
-		d.at.Store(max(1, int64(t.Sub(epoch))))
+		d.at.Store(deadlineAt(time.Since(epoch), time.Until(t)))
 	}
+}
+
+// deadlineAt is the time of something that is so far away from now. Like the
+// poller, it goes by the monotonic clock from now on, however the time was given.
+func deadlineAt(now, left time.Duration) int64 {
+	if left > math.MaxInt64-now {
+		return math.MaxInt64
+	}
+	return max(1, int64(now+left))
 }
 
 func (d *deadline) over() bool {

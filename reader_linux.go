@@ -67,11 +67,11 @@ func (f *File) readMsgs(msgs []Msg) (int, error) {
 // readAtOnce reads what there is without the poller, whose bookkeeping takes as
 // long as reading. It reports false if the poller has to be asked.
 func (f *File) readAtOnce() bool {
-	if f.deadline.over() || f.begin(opReadMsg) != nil {
+	if f.deadline.over() || !f.calls.TryRLock() { // Close does not wait for readers, nor they for what it waits for
 		return false
 	}
 	defer f.end()
-	return f.reader.tryRead(uintptr(f.fd))
+	return f.state.Load() == stateReady && f.reader.tryRead(uintptr(f.fd))
 }
 
 // tryRead reads what there is. It reports false if the poller has to wait.

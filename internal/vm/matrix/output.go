@@ -107,6 +107,7 @@ func (o *output) finish(failed bool, reason string) {
 			t.log = append(t.log, "skipped without saying what is missing")
 		}
 	}
+	failed = failed || len(o.tests) == 0
 	for _, t := range o.tests {
 		if t.result == "FAIL" {
 			failed = false

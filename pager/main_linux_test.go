@@ -104,11 +104,22 @@ func (s *served) reports() []error {
 // eventually waits until ok returns true.
 func eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
+	if !elsewhere(t, what, ok) {
+		t.FailNow()
+	}
+}
+
+// elsewhere is eventually for goroutines that a test must not end. It reports
+// whether ok was.
+func elsewhere(t testing.TB, what string, ok func() bool) bool {
+	t.Helper()
 	for end := time.Now().Add(uffdtest.Patience); !ok(); time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
-			t.Fatalf("still not: %s", what)
+			t.Errorf("still not: %s", what)
+			return false
 		}
 	}
+	return true
 }
 
 func register(t testing.TB, f *uffd.File, r uffd.Range, mode uffd.RegisterMode) {

@@ -26,9 +26,9 @@ const accessFeatures = uffd.FeatureRWP | uffd.FeatureRWPAsync
 //   - accesses through another mapping of the same file, by read(2) and write(2)
 //     on it, or by a device or a system call that has had the page pinned since
 //     before it was protected;
-//   - accesses to a page that is discarded (madvise(2), a hole in its file)
-//     before they are collected, nor that it is discarded; pages of shared memory
-//     that the kernel reclaims are like discarded ones.
+//   - accesses that are not collected before the page is discarded (madvise(2),
+//     a hole in its file), nor the discarding itself; pages of shared memory that
+//     the kernel reclaims are like discarded ones.
 //
 // Memory that is unmapped, moved with mremap(2), or mapped later is not tracked.
 //
@@ -66,7 +66,7 @@ func OpenAccesses() (*uffd.File, error) {
 
 // StartAccesses starts to track accesses to ranges of the memory of process pid,
 // which has opened f with [OpenAccesses], or with its features; 0 is the calling
-// process. That can track its own memory, for nothing waits on an answer. f must
+// process. A process can track its own memory, for nobody waits for an answer. f must
 // serve nothing else. It belongs to the Accesses from then on, unless
 // StartAccesses fails. Another process should close its own descriptor once it has
 // sent it here: while it is open, the memory stays registered although the
@@ -144,8 +144,8 @@ func (a *Accesses) protect(r uffd.Range, page uint64) error {
 
 // Collect returns the ranges that were accessed since they were last returned, or
 // since StartAccesses, and protects them again (PAGEMAP_SCAN, UFFDIO_RWPROTECT):
-// an access is in this collection or in the next one, whenever it comes. One that
-// comes while a page is being collected is in this one alone.
+// an access that counts is in this collection or in the next one, whenever it
+// comes. One that comes while a page is being collected is in this one alone.
 //
 // The ranges come in the order of their addresses, and consist of whole pages,
 // or huge pages (see [Accesses]). Consecutive pages may come as several ranges. A
@@ -186,6 +186,7 @@ func (a *Accesses) collect(yield body) (more bool, err error) {
 // ends a collection that is under way.
 func (a *Accesses) Stop() error {
 	a.stop.Do(func() {
+		a.collector.stopped.Store(true)
 		release(a.file, a.ranges)
 		a.stopErr = a.file.Close()
 		a.pagemap.Close()

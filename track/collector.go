@@ -4,7 +4,9 @@ import (
 	"cmp"
 	"fmt"
 	"iter"
+	"os"
 	"sync"
+	"sync/atomic"
 
 	"github.com/go-uffd/uffd"
 )
@@ -16,6 +18,7 @@ type body = func(uffd.Range, error) bool
 type collector struct {
 	pagemap *Pagemap
 	running sync.Mutex
+	stopped atomic.Bool // what is found means nothing any more
 	buf     []Region
 	left    []Region // collected and not handed out yet
 }
@@ -35,6 +38,9 @@ func (c *collector) loop(collect func(yield body) (more bool, err error)) iter.S
 		more, err := collect(yield)
 		if more && err == nil {
 			err = c.pagemap.alive()
+		}
+		if c.stopped.Load() {
+			err = os.ErrClosed
 		}
 		if more && err != nil {
 			yield(uffd.Range{}, fmt.Errorf("track: collecting: %w", err))

@@ -242,6 +242,7 @@ func (w *Writes) collect(yield body) (more bool, err error) {
 // ends a collection that is under way.
 func (w *Writes) Stop() error {
 	w.stop.Do(func() {
+		w.collector.stopped.Store(true)
 		release(w.file, w.ranges)
 		w.stopErr = w.file.Close()
 		if w.faults != nil {

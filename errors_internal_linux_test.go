@@ -80,6 +80,9 @@ func TestBeginAfterClose(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	if _, err := f.joinPoller(opReadMsg); err != nil {
+		t.Fatal(err)
+	}
 	f.calls.Lock()
 	result := make(chan error, 100)
 	for range cap(result) {
@@ -96,7 +99,7 @@ func TestBeginAfterClose(t *testing.T) {
 	f.close()
 	polled.Lock()
 	defer polled.Unlock()
-	if _, kept := polled.files[f.poll]; kept {
+	if _, kept := polled.files[f.poller.Load().file]; kept {
 		t.Error("the closed file is kept")
 	}
 }

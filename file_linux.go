@@ -232,36 +232,33 @@ func keepOpen(f *os.File) {
 
 // startPolling hands the descriptor to Go's poller. Before API it would be
 // reported as broken.
-func (f *File) startPolling(op op) error {
+func (f *File) startPolling(op op) (*poller, error) {
 	const attempts = 10 // a peer may clear O_NONBLOCK at the wrong time
 	var err error
 	for range attempts {
-		f.poll = os.NewFile(uintptr(f.fd), "userfaultfd")
-		keepOpen(f.poll) // also if it is of no use: its finalizer would close the descriptor
-		if err = f.poll.SetReadDeadline(time.Time{}); err == nil {
-			break
-		}
 		setNonblock(f.fd)
+		file := os.NewFile(uintptr(f.fd), "userfaultfd")
+		keepOpen(file) // also if it is of no use: its finalizer would close the descriptor
+		if err = file.SetReadDeadline(time.Time{}); err != nil {
+			continue
+		}
+		conn, err := file.SyscallConn()
+		if err != nil {
+			return nil, &Error{Op: opNames[op], Err: err}
+		}
+		return &poller{file, conn}, nil
 	}
-	if err != nil {
-		return &Error{Op: opNames[op], Err: fmt.Errorf("the poller of Go does not take the descriptor: %w", err)}
-	}
-	conn, err := f.poll.SyscallConn()
-	if err != nil {
-		return &Error{Op: opNames[op], Err: err}
-	}
-	f.reader = newReader(conn)
-	return nil
+	return nil, &Error{Op: opNames[op], Err: fmt.Errorf("the poller of Go does not take the descriptor: %w", err)}
 }
 
 func (f *File) close() error {
 	var err error
-	if f.poll == nil {
+	if p := f.poller.Load(); p == nil {
 		err = unix.Close(f.fd)
 	} else {
-		err = f.poll.Close()
+		err = p.file.Close()
 		polled.Lock()
-		delete(polled.files, f.poll)
+		delete(polled.files, p.file)
 		polled.Unlock()
 	}
 	if err != nil {

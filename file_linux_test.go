@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"math/rand/v2"
 	"os"
+	"path/filepath"
 	"runtime"
 	"strings"
 	"sync"
@@ -78,11 +79,61 @@ func TestDescriptorFlags(t *testing.T) {
 	}
 }
 
+// Each fault wakes whoever polls the descriptor, so it joins the poller only when
+// somebody waits for messages.
+func TestHeldIsNotPolled(t *testing.T) {
+	f := open(t, nil)
+	mem := mmap(t, 1)
+	r := uffd.RangeOf(mem)
+	if _, err := f.Register(r, uffd.RegisterMissing); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.ZeroPage(r, 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.SetReadDeadline(time.Now().Add(time.Millisecond)); err != nil {
+		t.Fatal(err)
+	}
+	if isPolled(t, f) {
+		t.Error("polled, though nobody has waited")
+	}
+	if _, err := f.ReadMsg(); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("reading: %v", err)
+	}
+	if !isPolled(t, f) {
+		t.Error("not polled after a wait: this test sees nothing")
+	}
+}
+
+// isPolled reports whether a poller of this process has f.
+func isPolled(t *testing.T, f *uffd.File) bool {
+	t.Helper()
+	infos, err := filepath.Glob("/proc/self/fdinfo/*")
+	if err != nil || len(infos) == 0 {
+		t.Fatal(infos, err)
+	}
+	fd := fmt.Sprint(fdOf(t, f))
+	for _, name := range infos {
+		info, err := os.ReadFile(name)
+		if err != nil { // it is closed again
+			continue
+		}
+		for line := range strings.Lines(string(info)) {
+			if fields := strings.Fields(line); len(fields) > 1 && fields[0] == "tfd:" && fields[1] == fd {
+				return true
+			}
+		}
+	}
+	return false
+}
+
 func TestNoFDLeaks(t *testing.T) {
-	open(t, nil).Close() // whatever is opened once, the poller for one
+	quiet(t, open(t, nil)) // whatever is opened once, the poller for one
 	before := countFDs(t)
 	for range 20 {
-		open(t, &uffd.Config{Prefer: ^uffd.Features(0)}).Close()
+		f := open(t, &uffd.Config{Prefer: ^uffd.Features(0)})
+		quiet(t, f)
+		f.Close()
 		if f, err := uffd.Open(uffd.BestFaults); err == nil {
 			f.Close()
 		}

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"os"
 	"sync"
-	"syscall"
 	"time"
 	"unsafe"
 
@@ -14,8 +13,6 @@ import (
 // A reader reads messages, and waits for them in Go's poller. What it needs is
 // made once, so that reading does not allocate.
 type reader struct {
-	conn syscall.RawConn
-
 	mu    sync.Mutex // serializes readers; held while waiting
 	try   func(fd uintptr) bool
 	buf   [16]Msg
@@ -30,8 +27,8 @@ type reader struct {
 	plain bool       // the kernel has no RWF_NOWAIT for userfaultfd
 }
 
-func newReader(conn syscall.RawConn) *reader {
-	r := &reader{conn: conn}
+func newReader() *reader {
+	r := new(reader)
 	r.try = r.tryRead
 	r.iov.Base = (*byte)(unsafe.Pointer(&r.buf))
 	return r
@@ -116,8 +113,12 @@ func (r *reader) read(fd uintptr) (uintptr, unix.Errno) {
 
 // wait calls try when the descriptor is readable until try reports true.
 func (f *File) wait(op op, try func(fd uintptr) bool) error {
+	p, err := f.joinPoller(op)
+	if err != nil {
+		return err
+	}
 	for {
-		err := f.reader.conn.Read(try)
+		err := p.conn.Read(try)
 		switch {
 		case err == nil:
 			return nil

@@ -320,17 +320,25 @@ type File struct {
 	state atomic.Uint32 // one of the states below
 
 	// calls is held for reading by calls that use fd and for writing by API and
-	// Close. Waiting for messages is up to poll's own count.
+	// Close. Waiting for messages is up to the poller's own count.
 	calls sync.RWMutex
 
 	features     atomic.Uint64
 	userModeOnly bool
 	modeKnown    bool
 
-	poll   *os.File // fd in Go's poller; nil before stateReady
-	reader *reader
-
+	reader   *reader // nil before stateReady
 	deadline deadline
+
+	// poller is nil until somebody waits for messages: each fault wakes whoever
+	// polls the descriptor, also in processes that only hold it.
+	poller atomic.Pointer[poller]
+}
+
+// A poller is fd in Go's poller.
+type poller struct {
+	file *os.File
+	conn syscall.RawConn
 }
 
 // The states of a File.
@@ -386,10 +394,10 @@ func (f *File) ready(op op) error {
 	return refusalClosed.error(op)
 }
 
-// API negotiates the features to enable (UFFDIO_API, Linux 4.3), and joins the
-// descriptor to Go's poller. It returns what the kernel offers, which may be
-// more than what is enabled now: that is [File.Features]. ioctls are the
-// operations of the descriptor itself; those of a range come from Register.
+// API negotiates the features to enable (UFFDIO_API, Linux 4.3). It returns what
+// the kernel offers, which may be more than what is enabled now: that is
+// [File.Features]. ioctls are the operations of the descriptor itself; those of
+// a range come from Register.
 //
 // It succeeds once for each descriptor; after a failure it can be tried again.
 // To learn what is offered before asking, use [Probe].
@@ -430,9 +438,7 @@ func (f *File) join(op op, enabled Features) error {
 		enabled |= FeatureWPUnpopulated
 	}
 	f.features.Store(uint64(enabled))
-	if err := f.startPolling(op); err != nil {
-		return err
-	}
+	f.reader = newReader()
 	if !f.state.CompareAndSwap(stateOpen, stateReady) {
 		return refusalClosed.error(op)
 	}
@@ -698,9 +704,13 @@ func (f *File) ReadMsg() (Msg, error) {
 }
 
 // ReadMsgs waits until there is a message, and reads as many as there are, up to
-// len(msgs), without waiting for more (read(2), Linux 4.3). It does not
-// allocate. A deadline or Close ends the wait; a goroutine that waits holds no
-// thread.
+// len(msgs), without waiting for more (read(2), Linux 4.3). A deadline or Close
+// ends the wait; a goroutine that waits holds no thread. But for the first wait,
+// which hands the descriptor to Go's poller, it does not allocate.
+//
+// From that wait on, each fault wakes a thread of this process, until Close, also
+// if another process reads the message; that makes the fault take about twice as
+// long. A process that only holds the descriptor should never read from it.
 //
 // A message is handed out once. All faults that wait come before all events,
 // whatever happened first: handle the events of a batch before its faults. A
@@ -731,11 +741,43 @@ func (f *File) SetReadDeadline(t time.Time) error {
 	defer f.end()
 	f.deadline.Lock()
 	defer f.deadline.Unlock()
-	if err := f.poll.SetReadDeadline(t); err != nil {
-		return &Error{Op: opNames[opSetReadDeadline], Err: err}
+	if p := f.poller.Load(); p != nil {
+		if err := p.file.SetReadDeadline(t); err != nil {
+			return &Error{Op: opNames[opSetReadDeadline], Err: err}
+		}
 	}
 	f.deadline.set(t)
 	return nil
+}
+
+// joinPoller returns the poller, which f joins if nobody has waited before.
+func (f *File) joinPoller(op op) (*poller, error) {
+	if p := f.poller.Load(); p != nil {
+		return p, nil
+	}
+	if err := f.begin(op); err != nil {
+		return nil, err
+	}
+	defer f.end()
+	f.deadline.Lock()
+	defer f.deadline.Unlock()
+	if p := f.poller.Load(); p != nil {
+		return p, nil
+	}
+	p, err := f.startPolling(op)
+	if err != nil {
+		return nil, err
+	}
+	if t := f.deadline.time(); !t.IsZero() {
+		if err := p.file.SetReadDeadline(t); err != nil {
+			return nil, &Error{Op: opNames[op], Err: err}
+		}
+	}
+	f.poller.Store(p)
+	if f.state.Load() != stateReady { // Close may not have seen it
+		return nil, refusalClosed.error(op)
+	}
+	return p, nil
 }
 
 // A deadline is that of the poller, for who reads without it.
@@ -745,6 +787,14 @@ type deadline struct {
 }
 
 var epoch = time.Now()
+
+func (d *deadline) time() time.Time {
+	at := d.at.Load()
+	if at == 0 {
+		return time.Time{}
+	}
+	return epoch.Add(time.Duration(at))
+}
 
 func (d *deadline) set(t time.Time) {
 	if t.IsZero() {
@@ -798,7 +848,9 @@ func (f *File) Close() error {
 	case stateClosed:
 		return refusalClosed.error(opClose)
 	case stateReady:
-		f.poll.SetReadDeadline(time.Unix(1, 0)) // readers need not wait for other calls
+		if p := f.poller.Load(); p != nil {
+			p.file.SetReadDeadline(time.Unix(1, 0)) // readers need not wait for other calls
+		}
 	}
 	f.calls.Lock()
 	defer f.calls.Unlock()

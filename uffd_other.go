@@ -25,7 +25,9 @@ func (s Ioctls) Request() (uint32, bool) { return 0, false }
 func (f *File) api(Features) (Features, Ioctls, error) {
 	return 0, 0, refusalUnsupported.error(opAPI)
 }
-func (f *File) startPolling(op op) error      { return refusalUnsupported.error(op) }
+func (f *File) startPolling(op op) (*poller, error) {
+	return nil, refusalUnsupported.error(op)
+}
 func (f *File) adopt(op op, _ Features) error { return refusalUnsupported.error(op) }
 func (f *File) close() error                  { return refusalUnsupported.error(opClose) }
 
@@ -58,6 +60,8 @@ func (f *File) setMode(Features, Features) error     { return refusalUnsupported
 func (f *File) readMsgs([]Msg) (int, error)          { return 0, refusalUnsupported.error(opReadMsg) }
 
 type reader struct{}
+
+func newReader() *reader { return nil }
 
 type rawConn struct{ *File }
 

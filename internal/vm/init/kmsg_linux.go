@@ -1,7 +1,6 @@
 package main
 
 import (
-	"errors"
 	"fmt"
 
 	"golang.org/x/sys/unix"
@@ -29,21 +28,41 @@ func openKernelLog() (*kernelLog, error) {
 // read reads all there is. From the first message on that tells of something
 // wrong in the kernel it collects them in bad, a screenful or two.
 func (k *kernelLog) read() {
-	const enough = 100
 	buf := make([]byte, 8192) // a record is at most this long
 	for {
 		n, err := unix.Read(k.fd, buf)
-		if errors.Is(err, unix.EINTR) || errors.Is(err, unix.EPIPE) { // EPIPE: messages were overwritten
-			continue
-		}
-		if err != nil {
+		if !k.add(buf[:max(n, 0)], err) {
 			return
 		}
-		text, ok := job.KernelMessage(string(buf[:n]))
-		if ok && len(k.bad) < enough && (len(k.bad) > 0 || job.IsKernelBug(text)) {
-			k.bad = append(k.bad, text)
-		}
 	}
+}
+
+// add takes what a read gave, and reports whether there may be more. Messages
+// that could not be read may have told of something wrong too.
+func (k *kernelLog) add(record []byte, err error) (more bool) {
+	const enough = 100
+	text, bad := "", true
+	switch err {
+	case nil:
+		var ok bool
+		text, ok = job.KernelMessage(string(record))
+		if !ok {
+			return true
+		}
+		bad = job.IsKernelBug(text)
+	case unix.EINTR:
+		return true
+	case unix.EAGAIN: // that was all
+		return false
+	case unix.EPIPE:
+		text = "vm: the kernel has overwritten messages before they were read"
+	default:
+		text = "vm: read /dev/kmsg: " + err.Error()
+	}
+	if len(k.bad) < enough && (bad || len(k.bad) > 0) {
+		k.bad = append(k.bad, text)
+	}
+	return err == nil || err == unix.EPIPE
 }
 
 // take returns what was bad, and starts anew.

@@ -2,6 +2,9 @@ package main
 
 import (
 	"fmt"
+	"os"
+	"strconv"
+	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -10,9 +13,15 @@ import (
 
 // A kernelLog reads the kernel's messages from where it was opened on.
 type kernelLog struct {
-	fd  int
-	bad []string // see read
+	fd    int
+	bad   []string // see read
+	taint uint64   // bits of taintFile that have been seen
 }
+
+const taintFile = "/proc/sys/kernel/tainted"
+
+// tainted are the bits that a bad page, a die, a warning and a soft lockup leave.
+const tainted = 1<<5 | 1<<7 | 1<<9 | 1<<14
 
 func openKernelLog() (*kernelLog, error) {
 	fd, err := unix.Open("/dev/kmsg", unix.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
@@ -22,7 +31,26 @@ func openKernelLog() (*kernelLog, error) {
 	if _, err := unix.Seek(fd, 0, unix.SEEK_END); err != nil {
 		return nil, fmt.Errorf("seek in /dev/kmsg: %w", err)
 	}
-	return &kernelLog{fd: fd}, nil
+	k := &kernelLog{fd: fd}
+	k.checkTaint(taintFile)
+	k.bad = nil // what happened at boot is not the programs'
+	return k, nil
+}
+
+// checkTaint looks for what is wrong in the kernel without a message that says so.
+func (k *kernelLog) checkTaint(name string) {
+	text, err := os.ReadFile(name)
+	var now uint64
+	if err == nil {
+		now, err = strconv.ParseUint(strings.TrimSpace(string(text)), 10, 64)
+	}
+	switch {
+	case err != nil:
+		k.bad = append(k.bad, "vm: "+err.Error())
+	case now&^k.taint&tainted != 0 && len(k.bad) == 0:
+		k.bad = append(k.bad, fmt.Sprintf("vm: %s is %d, was %d", name, now, k.taint))
+	}
+	k.taint |= now
 }
 
 // read reads all there is. From the first message on that tells of something
@@ -68,6 +96,7 @@ func (k *kernelLog) add(record []byte, err error) (more bool) {
 // take returns what was bad, and starts anew.
 func (k *kernelLog) take() []string {
 	k.read()
+	k.checkTaint(taintFile)
 	bad := k.bad
 	k.bad = nil
 	return bad

@@ -1,6 +1,8 @@
 package main
 
 import (
+	"os"
+	"path/filepath"
 	"slices"
 	"testing"
 
@@ -44,5 +46,41 @@ func TestKernelLog(t *testing.T) {
 	}
 	if len(k.bad) != 100 {
 		t.Errorf("%d messages are kept", len(k.bad))
+	}
+}
+
+func TestTaint(t *testing.T) {
+	name := filepath.Join(t.TempDir(), "tainted")
+	k := kernelLog{taint: 1 << 9}
+	for _, test := range []struct {
+		text string
+		bad  bool
+	}{
+		{"0\n", false},
+		{"512\n", false}, // as it was
+		{"4\n", false},   // a processor out of specification
+		{"644\n", true},  // and a die
+		{"644\n", false}, // told once
+		{"32\n", true},
+		{"16384\n", true},
+		{"x\n", true},
+	} {
+		if err := os.WriteFile(name, []byte(test.text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		k.bad = nil
+		k.checkTaint(name)
+		if bad := len(k.bad) > 0; bad != test.bad {
+			t.Errorf("%q: %q", test.text, k.bad)
+		}
+	}
+	k = kernelLog{bad: []string{"WARNING: x"}}
+	os.WriteFile(name, []byte("512\n"), 0o600)
+	if k.checkTaint(name); len(k.bad) != 1 || k.taint != 512 {
+		t.Errorf("beside the message: %q, %d", k.bad, k.taint)
+	}
+	k.bad = nil
+	if k.checkTaint(filepath.Join(t.TempDir(), "none")); len(k.bad) != 1 {
+		t.Errorf("without the file: %q", k.bad)
 	}
 }

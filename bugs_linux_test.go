@@ -2,9 +2,6 @@ package uffd_test
 
 import (
 	"testing"
-	"unsafe"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/go-uffd/uffd"
 	"github.com/go-uffd/uffd/internal/uffdtest"
@@ -38,19 +35,7 @@ var demonstrations = map[*uffdtest.Bug]func(*testing.T) bool{
 		if offered.Has(uffd.FeaturePagefaultFlagWP) {
 			return false
 		}
-		const userModeOnly = 1 // Linux 5.11
-		fd, _, e := unix.Syscall(unix.SYS_USERFAULTFD, unix.O_CLOEXEC|userModeOnly, 0, 0)
-		if e == unix.EINVAL {
-			fd, _, e = unix.Syscall(unix.SYS_USERFAULTFD, unix.O_CLOEXEC, 0, 0)
-		}
-		if e != 0 {
-			t.Fatal(e)
-		}
-		defer unix.Close(int(fd))
-		api := struct{ api, features, ioctls uint64 }{0xaa, uint64(uffd.FeaturePagefaultFlagWP), 0}
-		request, _ := uffd.IoctlAPI.Request()
-		_, _, e = unix.Syscall(unix.SYS_IOCTL, fd, uintptr(request), uintptr(unsafe.Pointer(&api)))
-		return e == 0
+		return rawAPI(rawOpen(t), 0xaa, uffd.FeaturePagefaultFlagWP) == 0
 	},
 	uffdtest.PageForExact: func(t *testing.T) bool {
 		requireExactAddress(t)

@@ -5,9 +5,11 @@ import (
 	"fmt"
 	"os"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -157,6 +159,42 @@ func TestAPI(t *testing.T) {
 	}
 }
 
+// rawOpen opens a userfaultfd without the library.
+func rawOpen(t *testing.T) int {
+	t.Helper()
+	const userModeOnly = 1 // Linux 5.11
+	fd, _, e := unix.Syscall(unix.SYS_USERFAULTFD, unix.O_CLOEXEC|userModeOnly, 0, 0)
+	if e == unix.EINVAL {
+		uffdtest.RequireAllFaults(t)
+		fd, _, e = unix.Syscall(unix.SYS_USERFAULTFD, unix.O_CLOEXEC, 0, 0)
+	}
+	if e != 0 {
+		t.Fatal(e)
+	}
+	t.Cleanup(func() { unix.Close(int(fd)) })
+	return int(fd)
+}
+
+// rawAPI makes the call that a File makes in its way only.
+func rawAPI(fd int, api uint64, features uffd.Features) unix.Errno {
+	arg := struct{ api, features, ioctls uint64 }{api, uint64(features), 0}
+	request, _ := uffd.IoctlAPI.Request()
+	_, _, e := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), uintptr(request), uintptr(unsafe.Pointer(&arg)))
+	return e
+}
+
+func TestOtherAPI(t *testing.T) {
+	fd := rawOpen(t)
+	for _, api := range []uint64{0xab, 0, 1<<32 | 0xaa} {
+		if e := rawAPI(fd, api, 0); e != unix.EINVAL {
+			t.Errorf("UFFDIO_API with api %#x: %v; want EINVAL", api, e)
+		}
+	}
+	if e := rawAPI(fd, 0xaa, 0); e != 0 {
+		t.Errorf("UFFDIO_API after those: %v", e)
+	}
+}
+
 // TestFromFDBeforeAPI adopts a descriptor that is not ready to be.
 func TestFromFDBeforeAPI(t *testing.T) {
 	uffdtest.RequireUserFaults(t)
@@ -224,6 +262,35 @@ func TestRegisterIoctls(t *testing.T) {
 			}
 			if err := f.Unregister(mem.Range); err != nil {
 				t.Errorf("Unregister: %v", err)
+			}
+		}
+	})
+}
+
+// TestKinds wants the kinds of memory to be what they are called.
+func TestKinds(t *testing.T) {
+	eachKind(t, uffdtest.Kinds, 1, func(t *testing.T, p *uffdtest.Process, mem uffdtest.Memory) {
+		if n := p.Smaps(mem.Start, "KernelPageSize"); n != uint64(mem.Kind.PageSize()) {
+			t.Errorf("pages of %d bytes, want %d", n, mem.Kind.PageSize())
+		}
+		flags := strings.Fields(p.VMFlags(mem.Start))
+		if has := slices.Contains(flags, "sh"); has != mem.Kind.Shared() {
+			t.Errorf("flags %v: shared %v, want %v", flags, has, mem.Kind.Shared())
+		}
+		if has := slices.Contains(flags, "ht"); has != mem.Kind.Huge() {
+			t.Errorf("flags %v: hugetlb %v, want %v", flags, has, mem.Kind.Huge())
+		}
+		if has := mem.FD >= 0; has != (mem.Kind != uffdtest.Anon) {
+			t.Errorf("file %v: %v", mem.FD, has)
+		}
+		p.Store(mem.Start, 7).Value()
+		if mem.FD >= 0 { // what is private does not reach the file
+			want := uint64(0)
+			if mem.Kind.Shared() {
+				want = 7
+			}
+			if b := p.Load(p.Alias(mem).Start).Value(); b != want {
+				t.Errorf("the file holds %d, want %d", b, want)
 			}
 		}
 	})

@@ -42,42 +42,72 @@ func testSigbus(t *testing.T, wp bool) {
 	})
 }
 
-// TestSigbusFork has a forked process raise the signal, and not where the page
-// was installed for it.
-func TestSigbusFork(t *testing.T) {
+func TestSigbusFork(t *testing.T) { testSigbusFork(t, false) }
+
+func TestSigbusForkWP(t *testing.T) { testSigbusFork(t, true) }
+
+// testSigbusFork has forked processes raise the signal: for a missing page, with
+// wp also for a protected one, and not where the page was installed for them.
+func testSigbusFork(t *testing.T, wp bool) {
 	uffdtest.RequireEventFork(t)
 	eachKind(t, uffdtest.Kinds, 2, func(t *testing.T, p *uffdtest.Process, mem uffdtest.Memory) {
-		f := p.Open(&uffd.Config{Require: uffd.FeatureSigbus | uffd.FeatureEventFork})
-		register(t, f, mem.Range, uffd.RegisterMissing)
-		a := mem.Page(1).Start
-		forked := p.Fork(
-			uffdtest.Step{Op: uffdtest.StepGate},
-			uffdtest.Step{Op: uffdtest.StepLoad, Args: [6]uint64{uint64(a)}},
-			uffdtest.Step{Op: uffdtest.StepLoad, Args: [6]uint64{uint64(mem.Page(0).Start)}})
-		c := child(t, f)
-		if want := uffd.FeatureSigbus | uffd.FeatureEventFork; c.Features() != want {
-			t.Errorf("the child has %v, want %v", c.Features(), want)
+		mode, copyMode := uffd.RegisterMissing, uffd.CopyMode(0)
+		if wp {
+			requireWP(t, mem.Kind)
+			if mem.Kind == uffdtest.HugetlbPrivate {
+				uffdtest.ForkedWPHugetlb.Avoid(t)
+			}
+			mode, copyMode = mode|uffd.RegisterWP, uffd.CopyWP
 		}
-		fill(t, c, mem.Kind, mem.Page(1), 7, 0)
+		f := p.Open(&uffd.Config{Require: uffd.FeatureSigbus | uffd.FeatureEventFork})
+		register(t, f, mem.Range, mode)
+		first, second := uint64(mem.Page(0).Start), uint64(mem.Page(1).Start)
+		fork := func(steps ...uffdtest.Step) (*uffdtest.Call, *uffd.File) {
+			t.Helper()
+			forked := p.Fork(append([]uffdtest.Step{{Op: uffdtest.StepGate}}, steps...)...)
+			c := child(t, f)
+			if want := uffd.FeatureSigbus | uffd.FeatureEventFork; c.Features() != want {
+				t.Errorf("the child has %v, want %v", c.Features(), want)
+			}
+			return forked, c
+		}
+		load := func(a uint64) uffdtest.Step { return uffdtest.Step{Op: uffdtest.StepLoad, Args: [6]uint64{a}} }
+		store := func(a uint64) uffdtest.Step {
+			return uffdtest.Step{Op: uffdtest.StepStore, Args: [6]uint64{a, 9}}
+		}
+
+		forked, c := fork(load(second), load(first))
+		fill(t, c, mem.Kind, mem.Page(1), 7, copyMode)
 		p.OpenGate()
 		sigbus(t, forked, "load of a missing page in the child")
 		quiet(t, c)
 
-		forked = p.Fork(
-			uffdtest.Step{Op: uffdtest.StepGate},
-			uffdtest.Step{Op: uffdtest.StepLoad, Args: [6]uint64{uint64(a)}})
-		c = child(t, f)
-		if !mem.Kind.Shared() { // what the first child was given is not in the parent
-			fill(t, c, mem.Kind, mem.Page(1), 8, 0)
+		// Of shared memory, what the first child was given is in the file.
+		install := func(c *uffd.File) {
+			t.Helper()
+			if !mem.Kind.Shared() {
+				fill(t, c, mem.Kind, mem.Page(1), 7, copyMode)
+			} else if wp {
+				protect(t, c, mem.Page(1), uffd.WriteProtectWP)
+			}
+		}
+		if wp {
+			forked, c = fork(load(second), store(second))
+			install(c)
+			p.OpenGate()
+			sigbus(t, forked, "store to a protected page in the child")
+			quiet(t, c)
+		}
+		forked, c = fork(load(second), store(second), load(second))
+		install(c)
+		if wp {
+			protect(t, c, mem.Page(1), 0)
 		}
 		p.OpenGate()
-		want := uint64(8)
-		if mem.Kind.Shared() {
-			want = 7
+		if v := forked.Values(); v[2] != 7 || v[4] != 9 {
+			t.Errorf("the child loaded %d and %d, want 7 and 9", v[2], v[4])
 		}
-		if v := forked.Values(); v[2] != want {
-			t.Errorf("the child loaded %d, want %d", v[2], want)
-		}
+		quiet(t, c)
 		quiet(t, f)
 	})
 }

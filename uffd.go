@@ -626,6 +626,9 @@ func (f *File) Poison(r Range, mode PoisonMode) (n int64, err error) {
 // nowhere else, from private anonymous memory to the same. The moved pages are
 // not write-protected. n bytes are done; if that is not all, err says why.
 //
+// Kernels since 6.18 (seen on 7.0) now and then move pages that they do not count
+// in n, and then say EEXIST of them: these pages are at dst, and nobody was woken.
+//
 // Errors: ErrRetry; EEXIST if dst has a page already, which wakes nobody; ENOENT
 // if src has no page (unless mode has MoveAllowSrcHoles), or either range is not
 // mapped; EBUSY if a source page is pinned, merged, or shared with a forked child;

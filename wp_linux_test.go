@@ -140,6 +140,10 @@ func testWPFork(t *testing.T, event uffd.Features) {
 		quiet(t, f)
 
 		wantMarked(t, p, mem, "after the fork", 1)
+		if !mem.Kind.Huge() { // which cannot
+			p.Madvise(mem.Range, unix.MADV_PAGEOUT).Value() // to swap, if there is any
+			wantMarked(t, p, mem, "after PAGEOUT", 1)
+		}
 		if mem.Kind == uffdtest.Shmem {
 			p.Madvise(mem.Range, unix.MADV_DONTNEED).Value()
 			wantMarked(t, p, mem, "after DONTNEED", 1)
@@ -323,10 +327,12 @@ func TestWPMremap(t *testing.T) {
 				uffdtest.Shmem: {"shmem_enabled", "stats/shmem_alloc"},
 			}
 			flags := map[uffdtest.Kind]int{uffdtest.Anon: unix.MAP_PRIVATE, uffdtest.Shmem: unix.MAP_SHARED}
+			tried := 0
 			for kind, files := range kinds {
 				if _, err := os.Stat(filepath.Join(dir, files[0])); err != nil {
 					continue // there are no such folios
 				}
+				tried++
 				t.Run(kind.String(), func(t *testing.T) {
 					settings.Set(filepath.Join(dir, files[0]), "always")
 					folios := func() (n int) {
@@ -348,6 +354,9 @@ func TestWPMremap(t *testing.T) {
 						t.Errorf("the memory is not made of folios of %s", name)
 					}
 				})
+			}
+			if tried == 0 {
+				t.Errorf("%s has none of %v", dir, kinds)
 			}
 		})
 	}

@@ -229,6 +229,43 @@ func TestScanArguments(t *testing.T) {
 	}
 }
 
+// TestScanKernelArguments asks the kernel for what a Scan cannot.
+func TestScanKernelArguments(t *testing.T) {
+	uffdtest.Require(t, uffd.FeatureWPAsync)
+	m := anonymous(t, 1)
+	m.write(0, 1)
+	protected(t, m)
+	p := pagemap(t)
+	var regions [1]Region
+	for _, c := range []struct {
+		name   string
+		change func(a *pmScanArg)
+		n      uintptr
+		want   unix.Errno
+	}{
+		{"as it is", func(a *pmScanArg) {}, 1, 0},
+		{"no regions with a length", func(a *pmScanArg) { a.vec = nil }, 0, unix.EINVAL},
+		{"no regions without one", func(a *pmScanArg) { a.vec, a.vecLen = nil, 0 }, 0, 0},
+		{"unknown flag", func(a *pmScanArg) { a.flags = 1 << 63 }, 0, unix.EINVAL},
+		{"next flag", func(a *pmScanArg) { a.flags = (scanWPMatching | scanCheckWPAsync) + 1 }, 0, unix.EINVAL},
+		{"other size", func(a *pmScanArg) { a.size-- }, 0, unix.EINVAL},
+	} {
+		arg := pmScanArg{
+			size:     uint64(unsafe.Sizeof(pmScanArg{})),
+			start:    uint64(m.r().Start),
+			end:      uint64(m.r().End()),
+			vec:      unsafe.Pointer(&regions),
+			vecLen:   uint64(len(regions)),
+			returned: uint64(PagePresent),
+		}
+		c.change(&arg)
+		n, _, e := unix.Syscall(unix.SYS_IOCTL, p.file.Fd(), uintptr(reqPagemapScan), uintptr(unsafe.Pointer(&arg)))
+		if e != c.want || e == 0 && n != c.n {
+			t.Errorf("%s: %d, %v; want %d, %v", c.name, n, e, c.n, c.want)
+		}
+	}
+}
+
 // TestScanAvailable wants PAGEMAP_SCAN, or a clear error on kernels without it.
 func TestScanAvailable(t *testing.T) {
 	major, minor := uffdtest.Kernel()
@@ -336,6 +373,9 @@ func TestScanWritten(t *testing.T) {
 
 			m.write(mid, mid+1)
 			wantReset(t, p, all, 8, 0, "the middle", m.span(mid, mid+1))
+			m.write(mid, mid+2)
+			wantReset(t, p, m.span(mid, mid+2), 1, 0, "two in the middle", m.span(mid, mid+2))
+			wantWritten(t, p, m, "two in the middle, after the reset")
 			m.write(0, 1)
 			m.write(n-1, n)
 			wantReset(t, p, all, 8, 0, "the ends", m.span(0, 1), m.span(n-1, n))

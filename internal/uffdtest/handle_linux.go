@@ -84,7 +84,7 @@ func RequireEventFork(t testing.TB) {
 	t.Helper()
 	f, err := uffd.New(&uffd.Config{Require: uffd.FeatureEventFork})
 	if err != nil {
-		skip(t, "CAP_SYS_PTRACE for fork events: %v", err)
+		skipForbidden(t, err, "permission for fork events (CAP_SYS_PTRACE)")
 	}
 	f.Close()
 }

@@ -1,7 +1,9 @@
 package uffdtest
 
 import (
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"runtime"
 	"strconv"
@@ -31,14 +33,22 @@ func Require(t testing.TB, want uffd.Features) {
 	if err != nil {
 		t.Fatalf("probing: %v", err)
 	}
-	major, minor := Kernel()
-	if FalseWP.Here() {
-		offered &^= uffd.FeaturePagefaultFlagWP
+	require(t, want, offered)
+}
+
+func require(t testing.TB, want, offered uffd.Features) {
+	t.Helper()
+	if (want & offered).Has(uffd.FeaturePagefaultFlagWP) {
+		FalseWP.Avoid(t)
 	}
 	missing := want &^ offered
 	if missing == 0 {
 		return
 	}
+	if mask, ok := ExpectedMask(); ok && missing&mask != 0 {
+		t.Fatalf("this kernel should offer %v (UFFD_TEST_MASK=%#x), but offers %v", missing&mask, uint64(mask), offered)
+	}
+	major, minor := Kernel()
 	for bit := uffd.Features(1); bit != 0; bit <<= 1 {
 		if missing.Has(bit) && atLeast(major, minor, bit.Since()) && !lacks(bit, major, minor) {
 			t.Fatalf("Linux %d.%d on %s should offer %v (since %s), but offers %v",
@@ -73,9 +83,19 @@ func RequireAllFaults(t testing.TB) {
 	t.Helper()
 	f, err := uffd.Open(uffd.AllFaults)
 	if err != nil {
-		skip(t, "permission to trap kernel faults (root, or vm.unprivileged_userfaultfd=1)")
+		skipForbidden(t, err, "permission to trap kernel faults (root, or vm.unprivileged_userfaultfd=1)")
 	}
 	f.Close()
+}
+
+// skipForbidden skips t if err is a lack of permission, and fails it if it is
+// anything else.
+func skipForbidden(t testing.TB, err error, permission string) {
+	t.Helper()
+	if !errors.Is(err, fs.ErrPermission) {
+		t.Fatal(err)
+	}
+	skip(t, "%s", permission)
 }
 
 // RequireUserFaults skips t unless the kernel can trap user faults alone.

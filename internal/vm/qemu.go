@@ -74,7 +74,7 @@ func (m *Machine) InstallQEMU(ctx context.Context) error {
 // arguments returns QEMU's arguments. What the guest writes to its console
 // comes out of QEMU's standard output.
 func (m *Machine) arguments(c *Config, initrd string) []string {
-	args := slices.Concat(m.args, accelerator(m.Arch), []string{
+	args := slices.Concat(m.args, accelerator(m.Arch, "/proc/cpuinfo", "/dev/kvm"), []string{
 		"-m", strconv.Itoa(c.memory()),
 		"-smp", strconv.Itoa(c.cpus()),
 		"-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
@@ -93,10 +93,10 @@ func (m *Machine) arguments(c *Config, initrd string) []string {
 // /dev/kvm exists is not enough: there are hosts, themselves guests, whose KVM
 // starts and then cannot run an ordinary kernel. Such processors lack the
 // flags of hardware virtualisation.
-func accelerator(arch string) []string {
+func accelerator(arch, cpuinfo, kvm string) []string {
 	native := runtime.GOARCH == arch || runtime.GOARCH == "amd64" && arch == "386"
-	if native && hasVirtualisation("/proc/cpuinfo") {
-		if f, err := os.OpenFile("/dev/kvm", os.O_RDWR, 0); err == nil {
+	if native && hasVirtualisation(cpuinfo) {
+		if f, err := os.OpenFile(kvm, os.O_RDWR, 0); err == nil {
 			f.Close()
 			return []string{"-accel", "kvm"}
 		}

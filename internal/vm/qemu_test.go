@@ -4,6 +4,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -121,5 +122,33 @@ func TestHasVirtualisation(t *testing.T) {
 	}
 	if hasVirtualisation(filepath.Join(t.TempDir(), "none")) {
 		t.Error("true without a file")
+	}
+}
+
+// KVM takes the processor's flags, the device, and a kernel for this processor.
+func TestAccelerator(t *testing.T) {
+	dir := t.TempDir()
+	file := func(name, text string) string {
+		name = filepath.Join(dir, name)
+		if err := os.WriteFile(name, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return name
+	}
+	flags, noFlags := file("flags", "flags\t\t: fpu svm\n"), file("no-flags", "flags\t\t: fpu\n")
+	kvm, noKVM := file("kvm", ""), filepath.Join(dir, "none")
+	other := "s390x"
+	if runtime.GOARCH == other {
+		other = "amd64"
+	}
+	for _, test := range []struct{ arch, cpuinfo, kvm, want string }{
+		{runtime.GOARCH, flags, kvm, "kvm"},
+		{runtime.GOARCH, noFlags, kvm, "tcg"}, // starts, and cannot run a kernel
+		{runtime.GOARCH, flags, noKVM, "tcg"},
+		{other, flags, kvm, "tcg"},
+	} {
+		if got := accelerator(test.arch, test.cpuinfo, test.kvm); !slices.Equal(got, []string{"-accel", test.want}) {
+			t.Errorf("%+v: %q", test, got)
+		}
 	}
 }

@@ -161,6 +161,7 @@ func (g *guest) watch(console io.Reader) error {
 		}
 	}()
 	panicked := false
+	var so progress
 	for {
 		line, readErr := r.ReadBytes('\n')
 		output, event, err := job.Decode(g.config.Job.Nonce, line)
@@ -171,6 +172,11 @@ func (g *guest) watch(console io.Reader) error {
 				return err
 			}
 		}
+		if !panicked && bytes.Contains(output, []byte("Kernel panic - not syncing")) {
+			panicked = true
+			// It resets the machine after its last words. Some kernels do not.
+			g.limit(5*time.Second, "a kernel that panicked")
+		}
 		switch {
 		case panicked && readErr != nil:
 			return ErrPanic
@@ -178,13 +184,11 @@ func (g *guest) watch(console io.Reader) error {
 			return ErrNoMarker
 		case err != nil:
 			return err
-		case !panicked && bytes.Contains(output, []byte("Kernel panic - not syncing")):
-			panicked = true
-			// It resets the machine after its last words. Some kernels do not.
-			g.limit(5*time.Second, "a kernel that panicked")
 		case event == nil:
 		case event.Error != "":
 			return fmt.Errorf("guest: %s", event.Error)
+		case !so.follows(event, len(g.config.Job.Programs)):
+			return fmt.Errorf("the guest reported %+v too early: what comes before was lost on the console", *event)
 		case event.Done:
 			return nil
 		default:
@@ -197,4 +201,33 @@ func (g *guest) watch(console io.Reader) error {
 			}
 		}
 	}
+}
+
+// progress is how far a guest has come. An event that another writer to the
+// console has damaged looks like output: what is missing is seen by what comes
+// next.
+type progress struct {
+	booted         bool
+	started, ended int // programs
+}
+
+// follows reports whether e is what may come next, and goes on.
+func (p *progress) follows(e *job.Event, programs int) (ok bool) {
+	running := p.started > p.ended
+	switch {
+	case e.Boot != nil:
+		ok = !p.booted
+		p.booted = true
+	case e.Start != nil:
+		ok = p.booted && !running && e.Start.Program == p.started
+		p.started++
+	case e.File != nil:
+		ok = running
+	case e.Exit != nil:
+		ok = running && e.Exit.Program == p.ended
+		p.ended++
+	case e.Done:
+		ok = p.booted && p.ended == programs
+	}
+	return ok
 }

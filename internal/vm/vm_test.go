@@ -24,6 +24,7 @@ func TestWatch(t *testing.T) {
 		return string(b)
 	}
 	boot := event(job.Event{Boot: &job.Boot{Release: "7.3"}})
+	start := event(job.Event{Start: &job.Start{}})
 	exit := event(job.Event{Exit: &job.Exit{Code: 3}})
 	done := event(job.Event{Done: true})
 	const panics = "[1.0] Kernel panic - not syncing: Attempted to kill init!\n"
@@ -37,22 +38,28 @@ func TestWatch(t *testing.T) {
 		want    error  // nil: see says
 		says    string // "": no error
 	}{
-		{name: "all is well", console: "firmware\n" + boot + "out\nput" + exit + done, output: "out\nput", events: 2},
+		{name: "all is well", console: "firmware\n" + boot + start + "out\nput" + exit + done, output: "out\nput", events: 3},
 		{name: "no boot", console: "firmware\nno kernel\n", output: "firmware\nno kernel\n", want: ErrNoMarker},
-		{name: "no marker", console: boot + "out\n" + exit + "more", output: "out\nmore", events: 2, want: ErrNoMarker},
+		{name: "no marker", console: boot + start + "out\n" + exit + "more", output: "out\nmore", events: 3, want: ErrNoMarker},
 		{name: "panic", console: boot + "out\n" + panics + "trace\n", output: "out\n" + panics + "trace\n", events: 1, want: ErrPanic},
 		{name: "panic before boot", console: panics, output: panics, want: ErrPanic},
-		{name: "panic quoted by a program with an end", console: boot + "says: " + panics + exit + done, events: 2, output: "says: " + panics},
+		{name: "panic without a line end", console: boot + strings.TrimSpace(panics), output: strings.TrimSpace(panics), events: 1, want: ErrPanic},
+		{name: "panic quoted by a program with an end", console: boot + start + "says: " + panics + exit + done, events: 3, output: "says: " + panics},
 		{name: "guest's error", console: event(job.Event{Error: "mount /proc: no"}), says: "mount /proc: no"},
 		{name: "host's error", console: boot + done, events: 1, handle: broken, want: broken},
-		{name: "another's event", console: boot + "<vm n2 e30=>\n" + done, output: "<vm n2 e30=>\n", events: 1},
+		{name: "another's event", console: boot + start + "<vm n2 e30=>\n" + exit + done, output: "<vm n2 e30=>\n", events: 3},
 		{name: "broken event", console: boot + "<vm n1 e30\n", events: 1, says: "cut short"},
+		{name: "no boot event", console: start + exit + done, says: "lost", output: ""},
+		{name: "no program", console: boot + done, events: 1, says: "lost"},
+		{name: "no start event", console: boot + exit + done, events: 1, says: "lost"},
+		{name: "no exit event", console: boot + start + "<v[ 1.0] emergency\n" + done, output: "<v[ 1.0] emergency\n", events: 2, says: "lost"},
+		{name: "event of another program", console: boot + event(job.Event{Start: &job.Start{Program: 1}}) + exit + done, events: 1, says: "lost"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			var output bytes.Buffer
 			events := 0
 			g := guest{
-				config: &Config{Output: &output, Job: job.Job{Nonce: nonce}},
+				config: &Config{Output: &output, Job: job.Job{Nonce: nonce, Programs: make([]job.Program, 1)}},
 				stop:   func(error) {},
 				handle: func(job.Event) error { events++; return test.handle },
 			}

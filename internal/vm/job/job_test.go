@@ -75,6 +75,10 @@ func TestIsKernelBug(t *testing.T) {
 		"Oops: 0000 [#1] PREEMPT SMP":                                           true,
 		"Internal error: Oops: 96000004 [#1] SMP":                               true,
 		"general protection fault, probably for non-canonical address":          true,
+		"watchdog: BUG: soft lockup - CPU#1 stuck for 22s! [x:7]":               true,
+		"Kernel bug detected[#1]:":                                              true, // mips
+		"invalid opcode: 0000 [#1] SMP":                                         true,
+		"illegal operation: 0001 ilc:1 [#2] SMP ":                               true, // s390
 		"traps: x[7] general protection fault ip:1 sp:2 error:0 in x":           false,
 		"Spectre V2 : WARNING: Unprivileged eBPF is enabled":                    false,
 		"x[7]: segfault at 0 ip 0 sp 0 error 4":                                 false,

@@ -1,6 +1,7 @@
 package job
 
 import (
+	"regexp"
 	"strconv"
 	"strings"
 )
@@ -24,6 +25,7 @@ var bugs = []string{
 	"------------[ cut here ]",
 	"WARNING: ",
 	"BUG: ",
+	"watchdog: BUG: ", // soft lockup
 	"kernel BUG at ",
 	"Oops",
 	"Internal error: ",
@@ -31,6 +33,9 @@ var bugs = []string{
 	"general protection fault",
 	"UBSAN: ",
 }
+
+// died is in the message of every architecture's die, whatever else that says.
+var died = regexp.MustCompile(`\[#[0-9]+\]`)
 
 // IsKernelBug reports whether a kernel message tells of a warning, a bug or
 // an oops.
@@ -40,5 +45,5 @@ func IsKernelBug(text string) bool {
 			return true
 		}
 	}
-	return false
+	return died.MatchString(text)
 }

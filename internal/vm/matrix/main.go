@@ -219,8 +219,7 @@ func (m *matrix) guest(ctx context.Context, r *run) error {
 			r.packages = append(r.packages, current)
 			console.to = &current.output
 		case e.Exit != nil:
-			current.elapsed = e.Exit.Elapsed
-			current.finish(e.Exit.Code != 0, fmt.Sprintf("exit status %d after %v", e.Exit.Code, e.Exit.Elapsed.Round(time.Millisecond)))
+			current.exit(e.Exit, m.user == 0)
 			console.to = nil
 			if len(e.Exit.KernelLog) > 0 {
 				r.fail("(kernel log)", binaries[e.Exit.Program].name+":\n"+strings.Join(e.Exit.KernelLog, "\n"))

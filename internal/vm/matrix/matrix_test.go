@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	"github.com/go-uffd/uffd/internal/vm"
+	"github.com/go-uffd/uffd/internal/vm/job"
 )
 
 // Every guest of the table has to be one that the runner knows, and only one.
@@ -105,6 +106,41 @@ func TestOutputFinish(t *testing.T) {
 		o.finish(test.failed, "exit status 2")
 		if got := results(&o); got != test.want {
 			t.Errorf("%s: %s, want %s", test.name, got, test.want)
+		}
+	}
+}
+
+func TestExit(t *testing.T) {
+	const pass = "\x16=== RUN   TestA\n\x16--- PASS: TestA (0.00s)\n"
+	skip := func(reason string) string {
+		return "\x16=== RUN   TestA\n    a_test.go:1: " + reason + "\n\x16--- SKIP: TestA (0.00s)\n"
+	}
+	for _, test := range []struct {
+		name   string
+		stream string
+		exit   job.Exit
+		root   bool
+		want   string
+		says   string
+	}{
+		{"well", pass, job.Exit{}, true, "TestA PASS", ""},
+		{"status", pass, job.Exit{Code: 1}, true, "TestA PASS, (program) FAIL", "exit status 1"},
+		{"signal", pass, job.Exit{Code: 128 + 11}, true, "TestA PASS, (program) FAIL", "exit status 139"},
+		{"time limit, and no status", pass, job.Exit{TimedOut: true}, true, "TestA PASS, (program) FAIL", "past its time limit"},
+		{"hang", "\x16=== RUN   TestA\n", job.Exit{Code: 2, TimedOut: true}, true, "TestA FAIL", "past its time limit"},
+		{"skipped", skip("missing: kernel feature MOVE (Linux 6.8)"), job.Exit{}, true, "TestA SKIP", ""},
+		{"root skips for root", skip("missing: root"), job.Exit{}, true, "TestA FAIL", "lack of what root has"},
+		{"root skips for permission", skip("missing: permission to x"), job.Exit{}, true, "TestA FAIL", "lack of what root has"},
+		{"another user", skip("missing: root"), job.Exit{}, false, "TestA SKIP", ""},
+	} {
+		var p packageRun
+		p.Write([]byte(test.stream))
+		p.exit(&test.exit, test.root)
+		if got := results(&p.output); got != test.want {
+			t.Errorf("%s: %s, want %s", test.name, got, test.want)
+		}
+		if log := strings.Join(p.tests[len(p.tests)-1].log, "\n"); !strings.Contains(log, test.says) {
+			t.Errorf("%s: log %q does not say %q", test.name, log, test.says)
 		}
 	}
 }

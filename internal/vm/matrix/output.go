@@ -2,8 +2,12 @@ package main
 
 import (
 	"bytes"
+	"fmt"
 	"regexp"
 	"strings"
+	"time"
+
+	"github.com/go-uffd/uffd/internal/vm/job"
 )
 
 // A test is one test or subtest, in one package on one guest.
@@ -87,6 +91,24 @@ func (o *output) test(name string) *test {
 		o.tests = append(o.tests, t)
 	}
 	return t
+}
+
+// exit judges the program's end, of one that was run as root or not.
+func (p *packageRun) exit(e *job.Exit, root bool) {
+	p.elapsed = e.Elapsed
+	reason := fmt.Sprintf("exit status %d after %v", e.Code, e.Elapsed.Round(time.Millisecond))
+	if e.TimedOut {
+		reason += ", past its time limit"
+	}
+	p.finish(e.Code != 0 || e.TimedOut, reason)
+	for _, t := range p.tests {
+		// These guests keep nothing from root.
+		missing, _ := strings.CutPrefix(t.reason(), "missing: ")
+		if root && t.result == "SKIP" && (missing == "root" || strings.HasPrefix(missing, "permission")) {
+			t.result = "FAIL"
+			t.log = append(t.log, "skipped for lack of what root has")
+		}
+	}
 }
 
 // finish judges the program's end. Tests that had not ended by then have failed; if

@@ -420,6 +420,68 @@ func TestWritesFail(t *testing.T) {
 	}
 }
 
+// TestStopOvertakes stops the tracking while a collection is under way. What it
+// cannot find any more is not to be taken for not written.
+func TestStopOvertakes(t *testing.T) {
+	for _, method := range []Method{Async, Sync} {
+		t.Run(method.String(), func(t *testing.T) {
+			require(t, method, uffdtest.Anon)
+			p := uffdtest.Start(t)
+			mem := p.Map(uffdtest.Anon, 6)
+			p.Munmap(mem.Page(2)).Value()
+			ranges := []uffd.Range{{Start: mem.Start, Len: mem.Page(0).Len * 2}, {Start: mem.Page(3).Start, Len: mem.Page(0).Len * 3}}
+			w := startWrites(t, openIn(p, method), p.Pid, ranges...)
+			overtake(t, p, w, w.file, ranges)
+		})
+	}
+}
+
+// overtake stops w in a collection between two ranges, whose memory has been
+// used, but keeps it from closing anything.
+func overtake(t *testing.T, p *uffdtest.Process, w tracker, f *uffd.File, ranges []uffd.Range) {
+	for _, r := range ranges {
+		p.Fill(r, 1).Value()
+	}
+	conn, err := f.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var all sync.WaitGroup
+	holding, over := make(chan struct{}), make(chan struct{})
+	all.Go(func() {
+		conn.Control(func(uintptr) { // Close waits for it
+			close(holding)
+			<-over
+		})
+	})
+	<-holding
+	var last error
+	first := true
+	for _, err := range w.Collect() {
+		last = err
+		if !first {
+			continue
+		}
+		first = false
+		all.Go(func() { w.Stop() })
+		for end := time.Now().Add(uffdtest.Patience); ; time.Sleep(time.Millisecond) {
+			flags := strings.Fields(p.VMFlags(ranges[len(ranges)-1].Start))
+			if !slices.ContainsFunc([]string{"uw", "um", "ur"}, func(s string) bool { return slices.Contains(flags, s) }) {
+				break
+			}
+			if time.Now().After(end) {
+				t.Error("Stop does not unregister the memory")
+				break
+			}
+		}
+	}
+	close(over)
+	all.Wait()
+	if !errors.Is(last, os.ErrClosed) {
+		t.Errorf("the last pair of the collection has %v, want ErrClosed", last)
+	}
+}
+
 func TestWritesOwn(t *testing.T) {
 	uffdtest.Require(t, uffd.FeatureWPAsync)
 	m := anonymous(t, 64)

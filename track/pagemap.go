@@ -231,7 +231,12 @@ func (p *Pagemap) Gone() bool { return p.alive() == uffd.ErrGone }
 
 // alive returns ErrGone if the memory exists no more, and an error if p is closed.
 func (p *Pagemap) alive() error {
-	_, err := p.file.ReadAt(make([]byte, 8), 0)
+	return p.read(make([]byte, 8), 0)
+}
+
+// read reads the entries of the small pages from a on, 8 bytes each.
+func (p *Pagemap) read(entries []byte, a uffd.Addr) error {
+	_, err := p.file.ReadAt(entries, int64(uint64(a)/uint64(os.Getpagesize())*8))
 	if err == io.EOF {
 		return uffd.ErrGone
 	}

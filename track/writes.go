@@ -150,7 +150,7 @@ func start(f *uffd.File, pid int, ranges []uffd.Range) (*Writes, error) {
 	if async {
 		err = w.startAsync()
 	} else {
-		w.faults, err = startFaults(f, pid, sorted)
+		w.faults, err = startFaults(f, pagemap, pid, sorted)
 	}
 	if err != nil {
 		release(f, sorted)

@@ -420,6 +420,86 @@ func TestWritesFail(t *testing.T) {
 	}
 }
 
+// TestWritesFailed has nobody wait after the tracking has failed.
+func TestWritesFailed(t *testing.T) {
+	require(t, Sync, uffdtest.Anon)
+	uffdtest.Require(t, uffd.FeatureEventRemove)
+	p := uffdtest.Start(t)
+	mem := p.Map(uffdtest.Anon, 8)
+	w := startWrites(t, openIn(p, Sync), p.Pid, mem.Range)
+	w.faults.mu.Lock()
+	w.faults.failed = unix.EIO // while the memory is registered
+	w.faults.mu.Unlock()
+	for i := range 4 {
+		p.Madvise(mem.Page(i), unix.MADV_DONTNEED).Value()
+	}
+	w.faults.fail(unix.EIO)
+	p.Fill(mem.Range, 1).Value()
+}
+
+// TestStartFails has the process go on that waits for an event to be read.
+func TestStartFails(t *testing.T) {
+	require(t, Sync, uffdtest.Anon)
+	uffdtest.Require(t, uffd.FeatureEventRemove)
+	p := uffdtest.Start(t)
+	mem, busy, extra := p.Map(uffdtest.Anon, 4), p.Map(uffdtest.Anon, 4), p.Map(uffdtest.Anon, 1)
+	f, other := openIn(p, Sync), openIn(p, Sync)
+	defer f.Close()
+	defer other.Close()
+	if _, err := f.Register(extra.Range, uffd.RegisterWP); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := other.Register(busy.Range, uffd.RegisterWP); err != nil {
+		t.Fatal(err)
+	}
+	discarding := p.Madvise(extra.Range, unix.MADV_DONTNEED)
+	awaitMessage(t, f)
+	if _, err := Start(f, p.Pid, mem.Range, busy.Range); !errors.Is(err, unix.EBUSY) {
+		t.Fatalf("Start: %v, want EBUSY", err)
+	}
+	discarding.Value()
+	if flags := p.VMFlags(mem.Start); strings.Contains(flags, "uw") {
+		t.Errorf("still registered: %s", flags)
+	}
+
+	// An event that came too late for answer.
+	discarding = p.Madvise(extra.Range, unix.MADV_DONTNEED)
+	awaitMessage(t, f)
+	s := &faults{file: f, done: make(chan struct{})}
+	close(s.done)
+	s.interrupt()
+	discarding.Value()
+}
+
+// TestWritesLeaving collects a page between the announcement that it is discarded
+// and its end. No event says when that is: without FeatureEventRemove the test
+// makes the announcement.
+func TestWritesLeaving(t *testing.T) {
+	require(t, Sync, uffdtest.Anon)
+	p := uffdtest.Start(t)
+	mem := p.Map(uffdtest.Anon, 2*maxRun)
+	p.Madvise(mem.Range, unix.MADV_NOHUGEPAGE).Value()
+	p.Fill(mem.Range, 1).Value()
+	w := startWrites(t, p.Open(&uffd.Config{Require: uffd.FeaturePagefaultFlagWP}), p.Pid, mem.Range)
+	first, second, third := mem.Page(3), mem.Page(maxRun-1), mem.Page(maxRun)
+	for _, r := range []uffd.Range{first, second, third} {
+		w.faults.discarded(r)
+	}
+	p.Store(mem.Page(4).Start, 2).Value()
+	wantCollect(t, w, "announced", first, mem.Page(4), second, third)
+	wantCollect(t, w, "still there", first, second, third)
+	p.Store(second.Start, 2).Value() // MADV_FREE does not take that
+	p.Madvise(first, unix.MADV_DONTNEED).Value()
+	wantCollect(t, w, "gone or written", first, second, third)
+	wantCollect(t, w, "the other is still there", third)
+	p.Madvise(third, unix.MADV_DONTNEED).Value()
+	p.Store(third.Start, 3).Value()
+	wantCollect(t, w, "gone, and written", third)
+	wantCollect(t, w, "nothing since")
+	p.Load(first.Start).Value()
+	wantCollect(t, w, "read")
+}
+
 // TestStopOvertakes stops the tracking while a collection is under way. What it
 // cannot find any more is not to be taken for not written.
 func TestStopOvertakes(t *testing.T) {

@@ -345,6 +345,34 @@ func TestWritesTransactions(t *testing.T) {
 	})
 }
 
+// TestWritesRemoved discards pages, or punches holes into shared memory. That need
+// not count. The writes that follow do.
+func TestWritesRemoved(t *testing.T) {
+	eachMemory(t, 8, func(t *testing.T, p *uffdtest.Process, f *uffd.File, mem uffdtest.Memory) {
+		advice := unix.MADV_DONTNEED
+		if mem.Kind.Shared() {
+			advice = unix.MADV_REMOVE
+		}
+		p.Fill(mem.Range, 1).Value()
+		w := startWrites(t, f, p.Pid, mem.Range)
+		hole := uffd.Range{Start: mem.Page(2).Start, Len: 3 * mem.Page(2).Len}
+		p.Madvise(hole, advice).Value()
+		for range 2 {
+			for _, r := range collect(t, w) {
+				if r.Start < hole.Start || r.End() > hole.End() {
+					t.Errorf("collected %v, the hole is %v", r, hole)
+				}
+			}
+		}
+		p.Load(mem.Page(2).Start).Value()
+		wantCollect(t, w, "read")
+		p.Store(mem.Page(2).Start, 2).Value()
+		p.Store(mem.Page(3).Start, 2).Value()
+		wantCollect(t, w, "written", mem.Page(2), mem.Page(3))
+		wantCollect(t, w, "nothing since")
+	})
+}
+
 // TestWritesMappings tracks memory of several mappings, with a hole.
 func TestWritesMappings(t *testing.T) {
 	for _, method := range []Method{Async, Sync} {

@@ -154,6 +154,15 @@ func (p *Pagemap) Close() error { return p.file.Close() }
 // [Pagemap.Supports]), or Protect has no regions to report to; EFAULT if the
 // range lies outside of what a process can map; EPERM with CheckAsync.
 func (p *Pagemap) Scan(s *Scan, regions []Region) (n int, next uffd.Addr, err error) {
+	if s.Protect {
+		clear(regions)
+	}
+	return p.scanInto(s, regions)
+}
+
+// scanInto is Scan. With Protect, regions have to be zero: that shows how many
+// there are if it fails.
+func (p *Pagemap) scanInto(s *Scan, regions []Region) (n int, next uffd.Addr, err error) {
 	switch end := s.Range.End(); {
 	case end < s.Range.Start:
 		err = invalid("the range runs past the end of the address space")

@@ -642,6 +642,38 @@ func TestWritesMany(t *testing.T) {
 	wantCollect(t, w, "nothing since")
 }
 
+// TestCollectFails has a scan fail: what was collected before does not come again.
+func TestCollectFails(t *testing.T) {
+	uffdtest.Require(t, uffd.FeatureWPAsync)
+	m := anonymous(t, 64)
+	f, err := Open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	w := startWrites(t, f, 0, m.r())
+	for i := range 20 {
+		m.write(3*i, 3*i+1)
+	}
+	if got := collect(t, w); len(got) != 20 {
+		t.Fatalf("%d ranges are written, want 20", len(got))
+	}
+	m.write(5, 6)
+	outside := uffd.Range{Start: 1 << 63, Len: uint64(m.page)}
+	w.ranges = []uffd.Range{m.r(), outside}
+	defer func() { w.ranges = w.ranges[:1] }()
+	var got []uffd.Range
+	for r, err := range w.Collect() {
+		if err == nil {
+			got = append(got, r)
+		} else if !errors.Is(err, unix.EFAULT) {
+			t.Errorf("Collect: %v, want EFAULT", err)
+		}
+	}
+	if !slices.Equal(got, []uffd.Range{m.span(5, 6)}) {
+		t.Errorf("collected %v, want %v", got, m.span(5, 6))
+	}
+}
+
 func TestStartErrors(t *testing.T) {
 	uffdtest.Require(t, uffd.FeaturePagefaultFlagWP)
 	m := anonymous(t, 8)

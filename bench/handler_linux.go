@@ -36,6 +36,7 @@ type handler struct {
 	memory uffd.Range
 	page   uint64
 	op     uint64
+	pid    int // of the client
 
 	loop   string // "root", "pager", "workers" or "process"
 	image  string // file name
@@ -106,13 +107,13 @@ func (h *handler) receive() error {
 	}
 	socket.Close()
 	h.conn = conn.(*net.UnixConn)
-	var hello [32]byte
+	var hello [40]byte
 	if h.file, err = handoff.Receive(context.Background(), h.conn, hello[:]); err != nil {
 		return err
 	}
 	word := func(i int) uint64 { return binary.NativeEndian.Uint64(hello[8*i:]) }
 	h.memory = uffd.Range{Start: uffd.Addr(word(0)), Len: word(1)}
-	h.page, h.op = word(2), word(3)
+	h.page, h.op, h.pid = word(2), word(3), int(word(4))
 	return nil
 }
 

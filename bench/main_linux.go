@@ -56,6 +56,8 @@ func child(name string, args []string) {
 		err = handlerMain(args)
 	case "mover":
 		err = moverMain(args)
+	case "tracker":
+		err = trackerMain(args)
 	default:
 		return
 	}
@@ -90,7 +92,7 @@ func (o *options) measure(ctx context.Context) (string, error) {
 		return "", err
 	}
 	f.Machine = machine()
-	all := workloads(o.quick)
+	all := append(workloads(o.quick), trackWorkloads(o.quick)...)
 	for _, w := range all {
 		if !o.run.MatchString(w.name) || f.find(w.name) != nil && !o.again {
 			continue

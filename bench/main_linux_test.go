@@ -44,7 +44,7 @@ func TestQuick(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, w := range workloads(true) {
+	for _, w := range append(workloads(true), trackWorkloads(true)...) {
 		if !strings.Contains(text, "| "+w.title+" | "+w.servers[0].name+" |") {
 			t.Errorf("the page has no %q:\n%s", w.title, text)
 		}

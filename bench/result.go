@@ -8,10 +8,12 @@ import (
 	"slices"
 )
 
-// A sample is one turn: latencies in nanoseconds; Count is of faults or bytes.
+// A sample is one turn: latencies in nanoseconds; Count is of faults or bytes. Of a
+// snapshot, P50 is the mean time that a write waited.
 type sample struct {
 	Count, Nanoseconds      uint64
 	P50, P99, P999, Longest uint64
+	Arming                  uint64 `json:",omitempty"` // how long it took to protect a snapshot's memory
 }
 
 // rate is in things per second.

@@ -36,7 +36,7 @@ func newBench(dir string, quick bool) (*bench, error) {
 		return nil, err
 	}
 	b := &bench{dir: filepath.Join(dir, "c"), quick: quick}
-	for _, program := range []string{"client", "handler"} {
+	for _, program := range []string{"client", "handler", "tracked", "tracker"} {
 		gcc := exec.Command("gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread", "-o", program, program+".c")
 		gcc.Dir = b.dir
 		if out, err := gcc.CombinedOutput(); err != nil {
@@ -154,7 +154,7 @@ func (b *bench) once(w *workload, s *server) (sample, error) {
 	if !hung.Stop() {
 		err = fmt.Errorf("no end after %v", runLimit)
 	}
-	if h != nil && (s.bulk || s.records) { // it ends by itself
+	if h != nil && (s.bulk || s.records || s.tracks) { // it ends by itself
 		err = errors.Join(err, h.Wait())
 	} else if h != nil {
 		h.kill()
@@ -176,6 +176,9 @@ func result(c, h *process, s *server) (sample, error) {
 	_, err := fmt.Sscan(c.out.String(), &r.Count, &r.Nanoseconds, &r.P50, &r.P99, &r.P999, &r.Longest, &wrong)
 	if err == nil && s.bulk {
 		_, err = fmt.Sscan(h.out.String(), &r.Count, &r.Nanoseconds)
+	}
+	if err == nil && s.tracks {
+		_, err = fmt.Sscan(h.out.String(), &r.Count, &r.Nanoseconds, &r.P50, &r.P99, &r.P999, &r.Longest, &r.Arming)
 	}
 	switch {
 	case err != nil:

@@ -27,7 +27,7 @@ func tables(f *file, all []*workload) string {
 	fmt.Fprintf(&b, "%s.\n\n", f.Machine)
 	b.WriteString("| | | faults/s | p50 | p99 | p99.9 |\n|---|---|---|---|---|---|\n")
 	for _, w := range all {
-		if r := f.find(w.name); r != nil && !w.bandwidth {
+		if r := f.find(w.name); r != nil && !w.bandwidth && !w.tracking {
 			w.faultRows(&b, r)
 		}
 	}
@@ -37,6 +37,7 @@ func tables(f *file, all []*workload) string {
 			w.bandwidthRows(&b, r)
 		}
 	}
+	trackTable(&b, f, all)
 	if f.Stress != "" {
 		fmt.Fprintf(&b, "\n`%s`: %s.\n", stressCommand, f.Stress)
 	}

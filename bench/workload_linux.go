@@ -14,6 +14,8 @@ type workload struct {
 	servers     []server
 	bandwidth   bool   // it is about bytes, not faults
 	countsPages bool   // samples count pages
+	tracking    bool   // it is about tracking
+	snapshot    bool   // and that about snapshots
 	sparse      bool   // there is time between faults: their number says nothing
 	short       string // name in the plot, if it is there
 }
@@ -25,6 +27,7 @@ type server struct {
 	client  []string // command, if not that of the workload
 	burners int      // processes that compute meanwhile
 	bulk    bool     // the handler measures
+	tracks  bool     // the handler measures, and prints what the client does
 	records bool     // the handler writes a record when the client is gone
 }
 

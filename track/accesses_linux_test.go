@@ -418,6 +418,17 @@ func TestAccessesGone(t *testing.T) {
 	}
 }
 
+func TestStopOvertakesAccesses(t *testing.T) {
+	uffdtest.Require(t, accessFeatures)
+	p := uffdtest.Start(t)
+	first, second := p.Map(uffdtest.Anon, 2), p.Map(uffdtest.Anon, 3)
+	if second.Start < first.Start {
+		first, second = second, first
+	}
+	a := startAccessesOf(t, p, first.Range, second.Range)
+	overtake(t, p, a, a.file, []uffd.Range{first.Range, second.Range})
+}
+
 // TestAccessesOwn tracks the test process itself, which collects garbage
 // meanwhile: nothing hangs.
 func TestAccessesOwn(t *testing.T) {

@@ -20,6 +20,7 @@ type collector struct {
 	running sync.Mutex
 	stopped atomic.Bool // what is found means nothing any more
 	buf     []Region
+	used    int      // of buf; the rest is zero
 	left    []Region // collected and not handed out yet
 }
 
@@ -55,7 +56,10 @@ func (c *collector) scan(s Scan, reset func([]Region) (int, error), yield body) 
 		c.buf = make([]Region, 4096)
 	}
 	for s.Range.Len > 0 {
-		n, next, err := c.pagemap.Scan(&s, c.buf)
+		// To clear all of buf, as Scan does, would take as long as a scan.
+		clear(c.buf[:c.used])
+		n, next, err := c.pagemap.scanInto(&s, c.buf)
+		c.used = n
 		if reset != nil {
 			done, failed := reset(c.buf[:n])
 			n, err = done, cmp.Or(failed, err)

@@ -4,7 +4,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"syscall"
 	"time"
@@ -389,21 +388,19 @@ func (s *Snapshot) read(p []byte, a uffd.Addr) error {
 		return err
 	}
 	const protected = 1 << 57
-	first, pages := uint64(a)/pageSize(), (uint64(len(p))+pageSize()-1)/pageSize()
-	for pages > 0 {
+	a &^= uffd.Addr(pageSize() - 1)
+	for pages := (uint64(len(p)) + pageSize() - 1) / pageSize(); pages > 0; {
 		entries := s.copier.entries[:min(8*pages, uint64(len(s.copier.entries)))]
-		if n, err := s.pagemap.file.ReadAt(entries, int64(8*first)); n < len(entries) {
-			if err == io.EOF {
-				err = uffd.ErrGone
-			}
+		if err := s.pagemap.read(entries, a); err != nil {
 			return err
 		}
 		for i := 0; i < len(entries); i += 8 {
 			if binary.NativeEndian.Uint64(entries[i:])&protected == 0 {
-				return fmt.Errorf("%w: %v has lost its protection", ErrSnapshotLost, uffd.Addr((first+uint64(i)/8)*pageSize()))
+				return fmt.Errorf("%w: %v has lost its protection", ErrSnapshotLost, a)
 			}
+			a += uffd.Addr(pageSize())
 		}
-		first, pages = first+uint64(len(entries))/8, pages-uint64(len(entries))/8
+		pages -= uint64(len(entries)) / 8
 	}
 	return nil
 }

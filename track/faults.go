@@ -1,6 +1,7 @@
 package track
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -18,14 +19,16 @@ import (
 // faults keeps the books of written pages where the kernel does not: each first
 // write to a page is a fault, which it answers.
 type faults struct {
-	file  *uffd.File
-	areas []area // sorted
-	zeros []byte // a page
-	done  chan struct{}
+	file    *uffd.File
+	pagemap *Pagemap
+	areas   []area // sorted
+	zeros   []byte // a page
+	done    chan struct{}
 
 	// mu makes a change of a page's bit and of its protection one step.
-	mu     sync.Mutex
-	failed error // why faults are not answered any more
+	mu      sync.Mutex
+	failed  error            // why faults are not answered any more
+	entries [8 * maxRun]byte // of pagemap
 }
 
 // An area is memory of one mapping.
@@ -40,45 +43,65 @@ type area struct {
 	inherited bool // forked children share it
 	rwp       bool // registered with RegisterRWP
 
-	written []uint64 // a bit for each page
+	// A bit for each page. leaving says of a page of anonymous memory that its
+	// discarding was announced, and that it has not been seen to be gone.
+	written, leaving []uint64
 }
 
 func (a *area) pages() uint64             { return a.Len / a.page }
 func (a *area) index(at uffd.Addr) uint64 { return uint64(at-a.Start) / a.page }
-func (a *area) isWritten(i uint64) bool   { return a.written[i/64]&(1<<(i%64)) != 0 }
-func (a *area) setWritten(i uint64)       { a.written[i/64] |= 1 << (i % 64) }
+func (a *area) isWritten(i uint64) bool   { return isSet(a.written, i) }
+func (a *area) setWritten(i uint64)       { set(a.written, i) }
+
+func isSet(words []uint64, i uint64) bool { return words[i/64]&(1<<(i%64)) != 0 }
+func set(words []uint64, i uint64)        { words[i/64] |= 1 << (i % 64) }
+func unset(words []uint64, i uint64)      { words[i/64] &^= 1 << (i % 64) }
 
 // span returns pages from first up to, but not including, end.
 func (a *area) span(first, end uint64) uffd.Range {
 	return uffd.Range{Start: a.Start + uffd.Addr(first*a.page), Len: (end - first) * a.page}
 }
 
-func startFaults(f *uffd.File, pid int, ranges []uffd.Range) (*faults, error) {
+func startFaults(f *uffd.File, pagemap *Pagemap, pid int, ranges []uffd.Range) (*faults, error) {
 	areas, err := readAreas(pid, ranges)
 	if err != nil {
 		return nil, err
 	}
 	for i := range areas {
 		a := &areas[i]
+		words := (a.pages() + 63) / 64
+		a.written = make([]uint64, words)
+		if a.anonymous {
+			a.leaving = make([]uint64, words)
+		}
+	}
+	s := &faults{file: f, pagemap: pagemap, areas: areas, zeros: make([]byte, pageSize()), done: make(chan struct{})}
+	go s.answer()
+	if err := s.protect(); err != nil {
+		s.fail(err)
+		s.interrupt()
+		return nil, err
+	}
+	return s, nil
+}
+
+// protect registers the memory, and protects it.
+func (s *faults) protect() error {
+	for _, a := range s.areas {
 		mode := uffd.RegisterWP
 		if a.anonymous {
 			mode |= uffd.RegisterMissing
 		}
-		if _, err := f.Register(a.Range, mode); err != nil {
-			return nil, err
-		}
-		a.written = make([]uint64, (a.pages()+63)/64)
-	}
-	s := &faults{file: f, areas: areas, zeros: make([]byte, pageSize()), done: make(chan struct{})}
-	go s.answer()
-	for _, a := range areas {
-		if err := patiently(func() error { return protect(f, a.Range, a.page) }); err != nil {
-			s.fail(err)
-			s.interrupt()
-			return nil, err
+		if _, err := s.file.Register(a.Range, mode); err != nil {
+			return err
 		}
 	}
-	return s, nil
+	for _, a := range s.areas {
+		if err := patiently(func() error { return protect(s.file, a.Range, a.page) }); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // readAreas returns what is mapped in ranges, sorted like them.
@@ -154,7 +177,8 @@ func areaAt(areas []area, addr uffd.Addr) *area {
 	return nil
 }
 
-// answer answers faults until the userfaultfd is closed.
+// answer answers faults until the userfaultfd is closed. Once s has failed it only
+// keeps the process from waiting.
 func (s *faults) answer() {
 	defer close(s.done)
 	msgs := make([]uffd.Msg, 16)
@@ -169,7 +193,7 @@ func (s *faults) answer() {
 		}
 		n, err := s.file.ReadMsgs(msgs)
 		switch {
-		case errors.Is(err, os.ErrClosed) || s.failure() != nil:
+		case errors.Is(err, os.ErrClosed) || err != nil && s.failure() != nil:
 			return
 		case err != nil && !errors.Is(err, os.ErrDeadlineExceeded):
 			s.fail(err)
@@ -192,10 +216,12 @@ func (s *faults) answer() {
 				return // nobody waits any more
 			case err != nil:
 				s.fail(err)
-				return
 			}
 		}
 		waiting = again
+		if s.failure() != nil {
+			waiting = nil // they were woken
+		}
 	}
 }
 
@@ -210,6 +236,14 @@ func (s *faults) resolve(p uffd.Pagefault) error {
 
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.failed != nil {
+		return s.file.Wake(page)
+	}
+	if a.anonymous {
+		// Whoever touches what it discards has seen the end of that: the page is
+		// gone, or it was MADV_FREE and writing keeps the page.
+		unset(a.leaving, i)
+	}
 	write := p.Flags.Has(uffd.PagefaultWrite)
 	if write {
 		a.setWritten(i)
@@ -230,7 +264,8 @@ func (s *faults) resolve(p uffd.Pagefault) error {
 }
 
 // discarded books what was discarded. It is protected, or missing, until
-// somebody touches it again.
+// somebody touches it again. It goes only after this was announced, though, and
+// may be collected before that.
 func (s *faults) discarded(r uffd.Range) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -239,6 +274,9 @@ func (s *faults) discarded(r uffd.Range) {
 		from, to := max(r.Start, a.Start), min(r.End(), a.End())
 		for ; from < to; from += uffd.Addr(a.page) {
 			a.setWritten(a.index(from))
+			if a.anonymous {
+				set(a.leaving, a.index(from))
+			}
 		}
 	}
 }
@@ -280,16 +318,36 @@ func (s *faults) reset(a *area, i uint64) (first, end uint64, err error) {
 	if first == end {
 		return first, end, nil
 	}
-	for k := first; k < end; k++ {
-		a.written[k/64] &^= 1 << (k % 64)
+	if err := s.look(a, first, end); err != nil {
+		return first, end, err
 	}
-	err = protect(s.file, a.span(first, end), a.page)
-	if err != nil {
-		for k := first; k < end; k++ {
-			a.setWritten(k)
+	if err := protect(s.file, a.span(first, end), a.page); err != nil {
+		return first, end, err
+	}
+	for k := first; k < end; k++ {
+		if !a.anonymous || !isSet(a.leaving, k) { // else it is going to change
+			unset(a.written, k)
 		}
 	}
-	return first, end, err
+	return first, end, nil
+}
+
+// look looks which of the pages that are leaving are gone.
+func (s *faults) look(a *area, first, end uint64) error {
+	if !a.anonymous || !slices.ContainsFunc(a.leaving[first/64:(end+63)/64], func(w uint64) bool { return w != 0 }) {
+		return nil
+	}
+	entries := s.entries[:8*(end-first)]
+	if err := s.pagemap.read(entries, a.span(first, end).Start); err != nil {
+		return err
+	}
+	const there = 1<<63 | 1<<62 // in memory, or swapped out
+	for k := first; k < end; k++ {
+		if binary.NativeEndian.Uint64(entries[8*(k-first):])&there == 0 {
+			unset(a.leaving, k)
+		}
+	}
+	return nil
 }
 
 // run returns the first run of ones at or after bit i, of n bits: at most maxRun
@@ -312,7 +370,9 @@ func run(words []uint64, i, n uint64) (first, end uint64) {
 // fail ends the tracking, and lets the process go on.
 func (s *faults) fail(err error) {
 	s.mu.Lock()
-	s.failed = fmt.Errorf("tracking has ended: %w", err)
+	if s.failed == nil {
+		s.failed = fmt.Errorf("tracking has ended: %w", err)
+	}
 	s.mu.Unlock()
 	for _, a := range s.areas {
 		release(s.file, []uffd.Range{a.Range})
@@ -327,15 +387,19 @@ func (s *faults) failure() error {
 
 // interrupt ends answer without closing the userfaultfd, once s has failed.
 func (s *faults) interrupt() {
-	for {
+	for over := false; !over; {
 		s.file.SetReadDeadline(time.Unix(1, 0)) // answer may set another at any time
 		select {
 		case <-s.done:
-			s.file.SetReadDeadline(time.Time{})
-			return
+			over = true
 		case <-time.After(retryDelay):
 		}
 	}
+	s.file.SetReadDeadline(time.Now().Add(retryDelay))
+	for err := error(nil); err == nil; { // somebody may wait for an event to be read
+		_, err = s.file.ReadMsgs(make([]uffd.Msg, 16))
+	}
+	s.file.SetReadDeadline(time.Time{})
 }
 
 // wait waits for the end of answer.

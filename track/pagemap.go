@@ -154,6 +154,15 @@ func (p *Pagemap) Close() error { return p.file.Close() }
 // [Pagemap.Supports]), or Protect has no regions to report to; EFAULT if the
 // range lies outside of what a process can map; EPERM with CheckAsync.
 func (p *Pagemap) Scan(s *Scan, regions []Region) (n int, next uffd.Addr, err error) {
+	if s.Protect {
+		clear(regions)
+	}
+	return p.scanInto(s, regions)
+}
+
+// scanInto is Scan. With Protect, regions have to be zero: that shows how many
+// there are if it fails.
+func (p *Pagemap) scanInto(s *Scan, regions []Region) (n int, next uffd.Addr, err error) {
 	switch end := s.Range.End(); {
 	case end < s.Range.Start:
 		err = invalid("the range runs past the end of the address space")
@@ -231,7 +240,12 @@ func (p *Pagemap) Gone() bool { return p.alive() == uffd.ErrGone }
 
 // alive returns ErrGone if the memory exists no more, and an error if p is closed.
 func (p *Pagemap) alive() error {
-	_, err := p.file.ReadAt(make([]byte, 8), 0)
+	return p.read(make([]byte, 8), 0)
+}
+
+// read reads the entries of the small pages from a on, 8 bytes each.
+func (p *Pagemap) read(entries []byte, a uffd.Addr) error {
+	_, err := p.file.ReadAt(entries, int64(uint64(a)/uint64(os.Getpagesize())*8))
 	if err == io.EOF {
 		return uffd.ErrGone
 	}

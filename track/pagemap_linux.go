@@ -64,7 +64,6 @@ func (p *Pagemap) scan(s *Scan, regions []Region) (n int, next uffd.Addr, err er
 	}
 	if s.Protect {
 		arg.flags |= scanWPMatching
-		clear(regions) // see below
 	}
 	conn, err := p.file.SyscallConn()
 	if err != nil {

@@ -45,10 +45,12 @@ func (m Method) String() string {
 //
 // What does not count are writes that do not go through the memory: through
 // another mapping of the same file, by write(2) to it, or by a device; nor that
-// private pages of a file are discarded, which brings the file's back. Memory
-// that is unmapped, moved with mremap(2), or mapped later is not tracked. Memory
-// that is tracked must not be merged by KSM (MADV_MERGEABLE), which hides
-// writes, and is not made of new transparent huge pages.
+// private pages of a file are discarded, which brings the file's back, or that
+// a hole is punched into a file or into shared memory (MADV_REMOVE,
+// fallocate(2)). Memory that is unmapped, moved with mremap(2), or mapped later
+// is not tracked. Memory that is tracked must not be merged by KSM
+// (MADV_MERGEABLE), which hides writes, and is not made of new transparent huge
+// pages.
 //
 // With the method Sync
 //
@@ -150,7 +152,7 @@ func start(f *uffd.File, pid int, ranges []uffd.Range) (*Writes, error) {
 	if async {
 		err = w.startAsync()
 	} else {
-		w.faults, err = startFaults(f, pid, sorted)
+		w.faults, err = startFaults(f, pagemap, pid, sorted)
 	}
 	if err != nil {
 		release(f, sorted)
@@ -213,7 +215,9 @@ func (w *Writes) Method() Method {
 // of whole huge pages in hugetlb memory. Consecutive pages may come as several
 // ranges. A loop that ends early loses nothing: the rest comes with the next
 // collection. With Sync, a page can come once more than it was written: a signal
-// makes a thread report its fault twice.
+// makes a thread report its fault twice. And a page that is discarded comes with
+// each collection until it is gone, or written, which with MADV_FREE takes until
+// the kernel needs the memory.
 //
 // A last pair has the error if there is one. One loop at a time.
 //

@@ -345,6 +345,34 @@ func TestWritesTransactions(t *testing.T) {
 	})
 }
 
+// TestWritesRemoved discards pages, or punches holes into shared memory. That need
+// not count. The writes that follow do.
+func TestWritesRemoved(t *testing.T) {
+	eachMemory(t, 8, func(t *testing.T, p *uffdtest.Process, f *uffd.File, mem uffdtest.Memory) {
+		advice := unix.MADV_DONTNEED
+		if mem.Kind.Shared() {
+			advice = unix.MADV_REMOVE
+		}
+		p.Fill(mem.Range, 1).Value()
+		w := startWrites(t, f, p.Pid, mem.Range)
+		hole := uffd.Range{Start: mem.Page(2).Start, Len: 3 * mem.Page(2).Len}
+		p.Madvise(hole, advice).Value()
+		for range 2 {
+			for _, r := range collect(t, w) {
+				if r.Start < hole.Start || r.End() > hole.End() {
+					t.Errorf("collected %v, the hole is %v", r, hole)
+				}
+			}
+		}
+		p.Load(mem.Page(2).Start).Value()
+		wantCollect(t, w, "read")
+		p.Store(mem.Page(2).Start, 2).Value()
+		p.Store(mem.Page(3).Start, 2).Value()
+		wantCollect(t, w, "written", mem.Page(2), mem.Page(3))
+		wantCollect(t, w, "nothing since")
+	})
+}
+
 // TestWritesMappings tracks memory of several mappings, with a hole.
 func TestWritesMappings(t *testing.T) {
 	for _, method := range []Method{Async, Sync} {
@@ -420,6 +448,148 @@ func TestWritesFail(t *testing.T) {
 	}
 }
 
+// TestWritesFailed has nobody wait after the tracking has failed.
+func TestWritesFailed(t *testing.T) {
+	require(t, Sync, uffdtest.Anon)
+	uffdtest.Require(t, uffd.FeatureEventRemove)
+	p := uffdtest.Start(t)
+	mem := p.Map(uffdtest.Anon, 8)
+	w := startWrites(t, openIn(p, Sync), p.Pid, mem.Range)
+	w.faults.mu.Lock()
+	w.faults.failed = unix.EIO // while the memory is registered
+	w.faults.mu.Unlock()
+	for i := range 4 {
+		p.Madvise(mem.Page(i), unix.MADV_DONTNEED).Value()
+	}
+	w.faults.fail(unix.EIO)
+	p.Fill(mem.Range, 1).Value()
+}
+
+// TestStartFails has the process go on that waits for an event to be read.
+func TestStartFails(t *testing.T) {
+	require(t, Sync, uffdtest.Anon)
+	uffdtest.Require(t, uffd.FeatureEventRemove)
+	p := uffdtest.Start(t)
+	mem, busy, extra := p.Map(uffdtest.Anon, 4), p.Map(uffdtest.Anon, 4), p.Map(uffdtest.Anon, 1)
+	f, other := openIn(p, Sync), openIn(p, Sync)
+	defer f.Close()
+	defer other.Close()
+	if _, err := f.Register(extra.Range, uffd.RegisterWP); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := other.Register(busy.Range, uffd.RegisterWP); err != nil {
+		t.Fatal(err)
+	}
+	discarding := p.Madvise(extra.Range, unix.MADV_DONTNEED)
+	awaitMessage(t, f)
+	if _, err := Start(f, p.Pid, mem.Range, busy.Range); !errors.Is(err, unix.EBUSY) {
+		t.Fatalf("Start: %v, want EBUSY", err)
+	}
+	discarding.Value()
+	if flags := p.VMFlags(mem.Start); strings.Contains(flags, "uw") {
+		t.Errorf("still registered: %s", flags)
+	}
+
+	// An event that came too late for answer.
+	discarding = p.Madvise(extra.Range, unix.MADV_DONTNEED)
+	awaitMessage(t, f)
+	s := &faults{file: f, done: make(chan struct{})}
+	close(s.done)
+	s.interrupt()
+	discarding.Value()
+}
+
+// TestWritesLeaving collects a page between the announcement that it is discarded
+// and its end. No event says when that is: without FeatureEventRemove the test
+// makes the announcement.
+func TestWritesLeaving(t *testing.T) {
+	require(t, Sync, uffdtest.Anon)
+	p := uffdtest.Start(t)
+	mem := p.Map(uffdtest.Anon, 2*maxRun)
+	p.Madvise(mem.Range, unix.MADV_NOHUGEPAGE).Value()
+	p.Fill(mem.Range, 1).Value()
+	w := startWrites(t, p.Open(&uffd.Config{Require: uffd.FeaturePagefaultFlagWP}), p.Pid, mem.Range)
+	first, second, third := mem.Page(3), mem.Page(maxRun-1), mem.Page(maxRun)
+	for _, r := range []uffd.Range{first, second, third} {
+		w.faults.discarded(r)
+	}
+	p.Store(mem.Page(4).Start, 2).Value()
+	wantCollect(t, w, "announced", first, mem.Page(4), second, third)
+	wantCollect(t, w, "still there", first, second, third)
+	p.Store(second.Start, 2).Value() // MADV_FREE does not take that
+	p.Madvise(first, unix.MADV_DONTNEED).Value()
+	wantCollect(t, w, "gone or written", first, second, third)
+	wantCollect(t, w, "the other is still there", third)
+	p.Madvise(third, unix.MADV_DONTNEED).Value()
+	p.Store(third.Start, 3).Value()
+	wantCollect(t, w, "gone, and written", third)
+	wantCollect(t, w, "nothing since")
+	p.Load(first.Start).Value()
+	wantCollect(t, w, "read")
+}
+
+// TestStopOvertakes stops the tracking while a collection is under way. What it
+// cannot find any more is not to be taken for not written.
+func TestStopOvertakes(t *testing.T) {
+	for _, method := range []Method{Async, Sync} {
+		t.Run(method.String(), func(t *testing.T) {
+			require(t, method, uffdtest.Anon)
+			p := uffdtest.Start(t)
+			mem := p.Map(uffdtest.Anon, 6)
+			p.Munmap(mem.Page(2)).Value()
+			ranges := []uffd.Range{{Start: mem.Start, Len: mem.Page(0).Len * 2}, {Start: mem.Page(3).Start, Len: mem.Page(0).Len * 3}}
+			w := startWrites(t, openIn(p, method), p.Pid, ranges...)
+			overtake(t, p, w, w.file, ranges)
+		})
+	}
+}
+
+// overtake stops w in a collection between two ranges, whose memory has been
+// used, but keeps it from closing anything.
+func overtake(t *testing.T, p *uffdtest.Process, w tracker, f *uffd.File, ranges []uffd.Range) {
+	for _, r := range ranges {
+		p.Fill(r, 1).Value()
+	}
+	conn, err := f.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var all sync.WaitGroup
+	holding, over := make(chan struct{}), make(chan struct{})
+	all.Go(func() {
+		conn.Control(func(uintptr) { // Close waits for it
+			close(holding)
+			<-over
+		})
+	})
+	<-holding
+	var last error
+	first := true
+	for _, err := range w.Collect() {
+		last = err
+		if !first {
+			continue
+		}
+		first = false
+		all.Go(func() { w.Stop() })
+		for end := time.Now().Add(uffdtest.Patience); ; time.Sleep(time.Millisecond) {
+			flags := strings.Fields(p.VMFlags(ranges[len(ranges)-1].Start))
+			if !slices.ContainsFunc([]string{"uw", "um", "ur"}, func(s string) bool { return slices.Contains(flags, s) }) {
+				break
+			}
+			if time.Now().After(end) {
+				t.Error("Stop does not unregister the memory")
+				break
+			}
+		}
+	}
+	close(over)
+	all.Wait()
+	if !errors.Is(last, os.ErrClosed) {
+		t.Errorf("the last pair of the collection has %v, want ErrClosed", last)
+	}
+}
+
 func TestWritesOwn(t *testing.T) {
 	uffdtest.Require(t, uffd.FeatureWPAsync)
 	m := anonymous(t, 64)
@@ -470,6 +640,38 @@ func TestWritesMany(t *testing.T) {
 		t.Errorf("%d ranges are written, want %d", len(got), len(want))
 	}
 	wantCollect(t, w, "nothing since")
+}
+
+// TestCollectFails has a scan fail: what was collected before does not come again.
+func TestCollectFails(t *testing.T) {
+	uffdtest.Require(t, uffd.FeatureWPAsync)
+	m := anonymous(t, 64)
+	f, err := Open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	w := startWrites(t, f, 0, m.r())
+	for i := range 20 {
+		m.write(3*i, 3*i+1)
+	}
+	if got := collect(t, w); len(got) != 20 {
+		t.Fatalf("%d ranges are written, want 20", len(got))
+	}
+	m.write(5, 6)
+	outside := uffd.Range{Start: 1 << 63, Len: uint64(m.page)}
+	w.ranges = []uffd.Range{m.r(), outside}
+	defer func() { w.ranges = w.ranges[:1] }()
+	var got []uffd.Range
+	for r, err := range w.Collect() {
+		if err == nil {
+			got = append(got, r)
+		} else if !errors.Is(err, unix.EFAULT) {
+			t.Errorf("Collect: %v, want EFAULT", err)
+		}
+	}
+	if !slices.Equal(got, []uffd.Range{m.span(5, 6)}) {
+		t.Errorf("collected %v, want %v", got, m.span(5, 6))
+	}
 }
 
 func TestStartErrors(t *testing.T) {

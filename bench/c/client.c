@@ -114,12 +114,6 @@ static void *faulter(void *arg)
 	return 0;
 }
 
-static int ascending(const void *a, const void *b)
-{
-	uint64_t x = *(uint64_t *)a, y = *(uint64_t *)b;
-	return x < y ? -1 : x > y;
-}
-
 static void measure(void)
 {
 	uint64_t n = pages * rounds, total = 0;
@@ -139,9 +133,7 @@ static void measure(void)
 	}
 	for (uint64_t t = 0; t < threads; t++)
 		pthread_join(ids[t], 0);
-	qsort(took, n, sizeof *took, ascending);
-	printf("%lu %lu %lu %lu %lu %lu %lu\n", n, total, took[n / 2], took[n * 99 / 100], took[n * 999 / 1000],
-	       took[n - 1], wrong);
+	report(took, n, total, wrong);
 }
 
 // bulk discards the memory whenever the handler sends a byte, and says so. At the
@@ -195,26 +187,6 @@ static void *mover(void *arg)
 			die("UFFDIO_MOVE");
 	}
 	return arg;
-}
-
-// hand sends the userfaultfd to the handler, and waits until it is ready.
-static void hand(void)
-{
-	struct hello hello = { (uintptr_t)mem, pages * page, page, op };
-	struct iovec iov = { &hello, sizeof hello };
-	union {
-		struct cmsghdr align;
-		char bytes[CMSG_SPACE(sizeof uffd)];
-	} control = { 0 };
-	struct msghdr msg = { .msg_iov = &iov, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof control };
-	struct cmsghdr *c = CMSG_FIRSTHDR(&msg);
-	c->cmsg_level = SOL_SOCKET;
-	c->cmsg_type = SCM_RIGHTS;
-	c->cmsg_len = CMSG_LEN(sizeof uffd);
-	memcpy(CMSG_DATA(c), &uffd, sizeof uffd);
-	char ready;
-	if (sendmsg(SOCKET, &msg, 0) != sizeof hello || read(SOCKET, &ready, 1) != 1)
-		die("handing over");
 }
 
 static char *map(int flags, int fd)
@@ -291,7 +263,7 @@ int main(int argc, char **argv)
 		pthread_t t;
 		pthread_create(&t, 0, mover, 0);
 	} else {
-		hand();
+		hand(uffd, (struct hello){ (uintptr_t)mem, pages * page, page, op, getpid() });
 	}
 	if (!strcmp(what, "bulk"))
 		bulk();

@@ -24,7 +24,7 @@ enum { COPY = 1, ZEROPAGE, CONTINUE, WRITEPROTECT, MOVE };
 
 // What the client tells the handler, along with the userfaultfd.
 struct hello {
-	uint64_t start, length, page, op;
+	uint64_t start, length, page, op, pid;
 };
 
 // struct uffdio_move and its request, which came with Linux 6.8: headers may be older.
@@ -61,4 +61,54 @@ static inline uint64_t number(char **argv, const char *name, uint64_t otherwise)
 {
 	const char *v = option(argv, name, 0);
 	return v ? strtoull(v, 0, 0) : otherwise;
+}
+
+// hand sends the userfaultfd to the handler, and waits until it is ready.
+static inline void hand(int uffd, struct hello hello)
+{
+	struct iovec iov = { &hello, sizeof hello };
+	union {
+		struct cmsghdr align;
+		char bytes[CMSG_SPACE(sizeof uffd)];
+	} control = { 0 };
+	struct msghdr msg = { .msg_iov = &iov, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof control };
+	struct cmsghdr *c = CMSG_FIRSTHDR(&msg);
+	c->cmsg_level = SOL_SOCKET;
+	c->cmsg_type = SCM_RIGHTS;
+	c->cmsg_len = CMSG_LEN(sizeof uffd);
+	memcpy(CMSG_DATA(c), &uffd, sizeof uffd);
+	char ready;
+	if (sendmsg(SOCKET, &msg, 0) != sizeof hello || read(SOCKET, &ready, 1) != 1)
+		die("handing over");
+}
+
+// receive is the handler's side of it. It returns the userfaultfd.
+static inline int receive(struct hello *hello)
+{
+	int uffd;
+	struct iovec iov = { hello, sizeof *hello };
+	union {
+		struct cmsghdr align;
+		char bytes[CMSG_SPACE(sizeof uffd)];
+	} control;
+	struct msghdr msg = { .msg_iov = &iov, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof control };
+	if (recvmsg(SOCKET, &msg, 0) != sizeof *hello || !CMSG_FIRSTHDR(&msg))
+		die("receiving");
+	memcpy(&uffd, CMSG_DATA(CMSG_FIRSTHDR(&msg)), sizeof uffd);
+	return uffd;
+}
+
+static inline int ascending(const void *a, const void *b)
+{
+	uint64_t x = *(uint64_t *)a, y = *(uint64_t *)b;
+	return x < y ? -1 : x > y;
+}
+
+// report prints n times, their sum or how long all of it took, and what was wrong.
+static inline void report(uint64_t *took, uint64_t n, uint64_t total, uint64_t wrong)
+{
+	qsort(took, n, sizeof *took, ascending);
+	printf("%lu %lu %lu %lu %lu %lu %lu\n", n, total, took[n / 2], took[n * 99 / 100], took[n * 999 / 1000],
+	       took[n - 1], wrong);
+	fflush(stdout);
 }

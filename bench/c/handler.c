@@ -17,19 +17,6 @@ static struct hello hello;
 static int uffd;
 static char *image;
 
-static void receive(void)
-{
-	struct iovec iov = { &hello, sizeof hello };
-	union {
-		struct cmsghdr align;
-		char bytes[CMSG_SPACE(sizeof uffd)];
-	} control;
-	struct msghdr msg = { .msg_iov = &iov, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof control };
-	if (recvmsg(SOCKET, &msg, 0) != sizeof hello || !CMSG_FIRSTHDR(&msg))
-		die("receiving");
-	memcpy(&uffd, CMSG_DATA(CMSG_FIRSTHDR(&msg)), sizeof uffd);
-}
-
 static int install(uint64_t at, uint64_t length)
 {
 	struct uffdio_range range = { at, length };
@@ -105,7 +92,7 @@ int main(int argc, char **argv)
 	const char *loop = option(argv, "loop", "plain");
 	if (setpriority(PRIO_PROCESS, 0, strtol(option(argv, "nice", "0"), 0, 0)))
 		die("setpriority");
-	receive();
+	uffd = receive(&hello);
 	int fd = open(option(argv, "image", "/dev/null"), O_RDONLY | O_CLOEXEC);
 	image = mmap(0, hello.length, PROT_READ, MAP_SHARED | MAP_POPULATE, fd, 0);
 	if (image == MAP_FAILED && hello.op == COPY)

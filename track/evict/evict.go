@@ -32,7 +32,9 @@
 // The memory belongs to one process, which maps it once, with MADV_DONTFORK, for
 // a forked child would find zeros in place of what is in the backing file; so
 // would whoever else maps or reads the memfd. The process must not move it with
-// mremap(2), which ends its registration, and must not have it pinned for devices
+// mremap(2), which ends its registration, nor unmap a part of it: a page that
+// cannot be protected cannot leave, and soon no other could come. It must not make
+// the memfd shorter, and must not have the memory pinned for devices
 // (O_DIRECT, io_uring's registered buffers, vfio) or written with
 // process_vm_writev(2). If it discards pages that are in memory with MADV_REMOVE,
 // they read zeros; what is in the backing file comes back.

@@ -64,13 +64,23 @@ func (c *Client) settle(r *region, page uffd.Range, p pending, err error) (over 
 // unknown deals with a fault outside of all regions.
 func (c *Client) unknown(p pending) error {
 	page := uffd.Range{Start: p.Addr &^ (systemPage - 1), Len: uint64(systemPage)}
+	action := c.pager.OnFailure
 	var err error
-	if c.pager.UnknownZero || c.pager.OnFailure == Zeros {
+	switch {
+	case p.Flags.Has(uffd.PagefaultWP): // it is there, and nobody wants to know
+		if err = c.file.WriteProtect(page, 0); err == nil {
+			c.counters.unlocked.Add(1)
+			return nil
+		}
+	case !c.pager.UnknownZero && action == Poison:
+		err = c.poisonPage(page)
+	case !c.pager.UnknownZero && action == Hold:
+	case p.Flags.Has(uffd.PagefaultMinor): // the file has it
+		_, err = c.file.Continue(page, 0)
+	default:
 		if _, err = c.file.ZeroPage(page, 0); errors.Is(err, syscall.EEXIST) {
 			_, err = c.zeroOver(page.Start)
 		}
-	} else if c.pager.OnFailure == Poison {
-		err = c.poisonPage(page)
 	}
 	if errors.Is(err, syscall.EEXIST) {
 		err = c.file.Wake(page)
@@ -78,14 +88,23 @@ func (c *Client) unknown(p pending) error {
 	if errors.Is(err, uffd.ErrRetry) || errors.Is(err, uffd.ErrGone) || errors.Is(err, syscall.ENOENT) {
 		return err
 	}
-	c.counters.unknown.Add(1)
-	if c.pager.UnknownZero && err == nil {
+	if err == nil && c.pager.UnknownZero {
+		c.counters.unknown.Add(1)
 		return nil
 	}
-	action := c.pager.OnFailure
 	if err != nil {
 		action = Hold
 	}
+	if action == Hold {
+		// The memory may have been unmapped since the fault, and nobody may be
+		// left waiting then. If it was not, the thread asks once more.
+		if _, asked := c.loop.troubles[page.Start]; !asked {
+			t := now()
+			c.loop.troubles[page.Start] = trouble{since: t, due: t}
+			return c.file.Wake(page)
+		}
+	}
+	c.counters.unknown.Add(1)
 	c.report(&PageError{page, action, errors.Join(errUnknown, err)})
 	return nil
 }

@@ -1,0 +1,139 @@
+package pager_test
+
+import (
+	"fmt"
+	"os"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/go-uffd/uffd"
+	"github.com/go-uffd/uffd/internal/uffdtest"
+	"github.com/go-uffd/uffd/pager"
+	"github.com/go-uffd/uffd/source"
+)
+
+// Threads that wait for a page that has failed are let go when the page is
+// discarded, unmapped or moved away.
+func TestHeldPageChanges(t *testing.T) {
+	for _, test := range []struct {
+		name   string
+		change func(s *served, page uffd.Range)
+		err    error
+	}{
+		{"discard", func(s *served, page uffd.Range) { s.Madvise(page, unix.MADV_DONTNEED).Value() }, nil},
+		{"unmap", func(s *served, page uffd.Range) { s.Munmap(page).Value() }, uffdtest.ErrSigbus},
+		{"move", func(s *served, page uffd.Range) {
+			to := s.Map(uffdtest.Anon, 1)
+			s.Mremap(page, page.Len, unix.MREMAP_MAYMOVE|unix.MREMAP_FIXED, to.Start).Value()
+		}, uffdtest.ErrSigbus},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			proc := uffdtest.Start(t)
+			mem, f := mapped(t, proc, uffdtest.Anon, 3)
+			s := serve(t, proc, f, &pager.Pager{RetryFor: -1, OnFailure: pager.Hold, FaultAround: 1}, region(mem,
+				failing{source.FromBytes(image(uffdtest.Anon, 3)), func(off int64) error {
+					if off == int64(pageSize) {
+						return errInjected
+					}
+					return nil
+				}}))
+			load := s.Load(mem.Page(1).Start)
+			eventually(t, "the failure is reported", func() bool { return len(s.reports()) == 1 })
+			test.change(s, mem.Page(1))
+			if b, err := load.Result(); err != test.err || err == nil && b[0] != 0 {
+				t.Errorf("the access ended with %v, %v; want 0, %v", b, err, test.err)
+			}
+			s.holds(t, mem, 2, 3)
+		})
+	}
+}
+
+// A fault that is read together with the event that unmaps its page is let go, and
+// is no failure.
+func TestUnmapOvertakesFault(t *testing.T) {
+	for _, action := range []pager.Failure{pager.Poison, pager.Hold, pager.Zeros} {
+		proc := uffdtest.Start(t)
+		mem, f := mapped(t, proc, uffdtest.Anon, 3)
+		calls := make(chan *uffdtest.Call, 2)
+		first := true // the loop's
+		contents := hooked{source.FromBytes(image(uffdtest.Anon, 3)), func(int) {
+			if !first {
+				return
+			}
+			first = false
+			calls <- proc.Load(mem.Page(1).Start)
+			elsewhere(t, "the fault waits", func() bool { unread, _ := waitingFaults(t, f); return unread == 1 })
+			calls <- proc.Munmap(mem.Page(1))
+			elsewhere(t, "the page is gone", func() bool { return !isMapped(t, proc.Pid, mem.Page(1).Start) })
+		}}
+		s := serve(t, proc, f, &pager.Pager{FaultAround: 1, OnFailure: action}, region(mem, contents))
+		s.holds(t, mem, 0, 1)
+		if b, err := (<-calls).Result(); err != uffdtest.ErrSigbus { // SIGSEGV in fact
+			t.Errorf("%d: the access ended with %v, %v; want a signal", action, b, err)
+		}
+		(<-calls).Value()
+		s.holds(t, mem, 2, 3)
+		s.noErrors(t)
+	}
+}
+
+// Memory outside of all regions that is protected, or that the file has, is no
+// place where threads ask for ever.
+func TestUnknownIsThere(t *testing.T) {
+	for _, p := range []*pager.Pager{{UnknownZero: true}, {OnFailure: pager.Hold}} {
+		t.Run("protected", func(t *testing.T) {
+			uffdtest.Require(t, uffd.FeaturePagefaultFlagWP)
+			proc := uffdtest.Start(t)
+			mem := proc.Map(uffdtest.Anon, 2)
+			f := proc.Open(events)
+			register(t, f, mem.Range, uffd.RegisterMissing|uffd.RegisterWP)
+			if _, err := f.Copy(mem.Page(1).Start, image(uffdtest.Anon, 2)[pageSize:], uffd.CopyWP); err != nil {
+				t.Fatal(err)
+			}
+			known := mem
+			known.Len = uint64(pageSize)
+			s := serve(t, proc, f, p, region(known, source.FromBytes(image(uffdtest.Anon, 1))))
+			s.Store(mem.Page(1).Start+1, 7).Value()
+			if b := s.Load(mem.Page(1).Start).Value(); b != 2 {
+				t.Errorf("loaded %d, want 2", b)
+			}
+			s.noErrors(t)
+		})
+	}
+	t.Run("shared", func(t *testing.T) {
+		uffdtest.Require(t, uffd.FeatureMinorShmem)
+		proc := uffdtest.Start(t)
+		mem := proc.Map(uffdtest.Shmem, 2)
+		f := proc.Open(events)
+		register(t, f, mem.Range, uffd.RegisterMissing|uffd.RegisterMinor)
+		attachMemory(t, proc, mem)[pageSize] = 9
+		known := mem
+		known.Len = uint64(pageSize)
+		s := serve(t, proc, f, &pager.Pager{UnknownZero: true}, region(known, source.FromBytes(image(uffdtest.Shmem, 1))))
+		if b := s.Load(mem.Page(1).Start).Value(); b != 9 {
+			t.Errorf("loaded %d, want 9", b)
+		}
+		s.noErrors(t)
+	})
+}
+
+// isMapped reports whether a process has memory at a.
+func isMapped(t testing.TB, pid int, a uffd.Addr) bool {
+	t.Helper()
+	maps, err := os.ReadFile(fmt.Sprintf("/proc/%d/maps", pid))
+	if err != nil {
+		t.Error(err)
+	}
+	for line := range strings.Lines(string(maps)) {
+		var start, end uffd.Addr
+		if _, err := fmt.Sscanf(line, "%x-%x", &start, &end); err != nil {
+			t.Errorf("%q: %v", line, err)
+		}
+		if start <= a && a < end {
+			return true
+		}
+	}
+	return false
+}

@@ -223,6 +223,7 @@ type lent struct {
 	r        *region
 	first, n uint64
 	wanted   wanted
+	used     bool  // they were lent
 	err      error // the kernel's
 }
 
@@ -238,11 +239,18 @@ func (c *Client) fillLent(r *region, first, n uint64, w wanted) (lentErr, err er
 	*l = lent{r: r, first: first, n: n, wanted: w}
 	lentErr = source.Borrow(r.source, r.sourceOffset(first), int(n*r.pageSize), c.loop.use)
 	l.r = nil
+	if lentErr == nil && !l.used {
+		lentErr = source.ErrNotInMemory
+	}
 	return lentErr, l.err
 }
 
 func (c *Client) useLent(bytes []byte) error {
 	l := &c.loop.lent
+	if uint64(len(bytes)) != l.n*l.r.pageSize { // other bytes than were asked for
+		return source.ErrNotInMemory
+	}
+	l.used = true
 	l.err = c.fillBytes(l.r, l.first, l.n, bytes, l.wanted)
 	return nil
 }

@@ -137,3 +137,26 @@ func isMapped(t testing.TB, pid int, a uffd.Addr) bool {
 	}
 	return false
 }
+
+// A Borrower that breaks its word costs speed: its bytes are read.
+type stingy struct {
+	source.Borrower
+	lend func(p []byte, use func([]byte) error) error
+}
+
+func TestBrokenBorrower(t *testing.T) {
+	for name, lend := range map[string]func([]byte, func([]byte) error) error{
+		"nothing":    func([]byte, func([]byte) error) error { return nil },
+		"too little": func(p []byte, use func([]byte) error) error { return use(p[:len(p)-1]) },
+		"too much":   func(p []byte, use func([]byte) error) error { return use(append(p, 0)) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			proc := uffdtest.Start(t)
+			mem, f := mapped(t, proc, uffdtest.Anon, 2)
+			s := serve(t, proc, f, new(pager.Pager), region(mem, stingy{source.FromBytes(image(uffdtest.Anon, 2)), lend}))
+			s.holds(t, mem, 0, 1)
+			s.holds(t, mem, 1, 2)
+			s.noErrors(t)
+		})
+	}
+}

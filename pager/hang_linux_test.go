@@ -160,3 +160,48 @@ func TestBrokenBorrower(t *testing.T) {
 		})
 	}
 }
+
+// Mappings that end within what is read together are no failure.
+func TestPopulateSplitMapping(t *testing.T) {
+	const pages = 8
+	for _, from := range []string{"lent", "read"} {
+		t.Run(from, func(t *testing.T) {
+			var contents source.Source = source.FromBytes(image(uffdtest.Anon, pages))
+			if from == "read" {
+				contents = slow{contents, nil}
+			}
+			proc := uffdtest.Start(t)
+			mem, f := mapped(t, proc, uffdtest.Anon, pages)
+			s := serve(t, proc, f, new(pager.Pager), region(mem, contents))
+			s.Mprotect(mem.Page(3), unix.PROT_READ).Value()
+			if err := s.client.Populate(t.Context(), nil); err != nil {
+				t.Errorf("Populate: %v", err)
+			}
+			missing := s.client.Stats().Missing
+			for i := range pages {
+				s.holds(t, mem, i, byte(i+1))
+			}
+			if n := s.client.Stats().Missing - missing; n != 0 {
+				t.Errorf("%d faults after Populate", n)
+			}
+			s.noErrors(t)
+		})
+	}
+}
+
+// The same for a fault: it costs one read of the source.
+func TestFaultSplitMapping(t *testing.T) {
+	const pages = 16
+	proc := uffdtest.Start(t)
+	mem, f := mapped(t, proc, uffdtest.Anon, pages)
+	s := serve(t, proc, f, new(pager.Pager), region(mem, slow{source.FromBytes(image(uffdtest.Anon, pages)), nil}))
+	s.Mprotect(uffd.Range{Start: mem.Page(8).Start, Len: 8 * uint64(pageSize)}, unix.PROT_READ).Value()
+	for i := range pages {
+		reads := s.client.Stats().Reads
+		s.holds(t, mem, i, byte(i+1))
+		if n := s.client.Stats().Reads - reads; n > 1 {
+			t.Errorf("page %d: %d reads", i, n)
+		}
+	}
+	s.noErrors(t)
+}

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/go-uffd/uffd"
@@ -30,6 +31,7 @@ type job struct {
 
 	buf    []byte
 	served uffd.Range // what was read: all, or only the page that is wanted
+	gone   uint64     // bytes of it for which there is no memory
 	err    error
 }
 
@@ -223,6 +225,9 @@ func (c *Client) finish(j *job) (over bool) {
 			first, n, bytes = first+1, n-1, bytes[r.pageSize:]
 		}
 		err = c.fillBytes(r, first, n, bytes, w)
+		if n > 1 && errors.Is(err, syscall.ENOENT) {
+			err = c.fillEach(j, r, first, bytes, w)
+		}
 		if errors.Is(err, uffd.ErrRetry) {
 			c.counters.deferred.Add(1)
 			return false
@@ -246,6 +251,23 @@ func (c *Client) finish(j *job) (over bool) {
 	}
 	c.release(j, err)
 	return true
+}
+
+// fillEach installs pages one by one, for mappings end between them. Those that
+// nobody waits for may not be there.
+func (c *Client) fillEach(j *job, r *region, first uint64, bytes []byte, w wanted) error {
+	for i := first; len(bytes) > 0; i, bytes = i+1, bytes[r.pageSize:] {
+		err := c.fillBytes(r, i, 1, bytes[:r.pageSize], w)
+		switch {
+		case errors.Is(err, syscall.ENOENT) && (j.ahead || i != w.page):
+			r.setState(i, absent)
+			j.gone += r.pageSize
+			c.file.Wake(r.page(i))
+		case err != nil:
+			return err
+		}
+	}
+	return nil
 }
 
 // release ends a job.

@@ -21,9 +21,10 @@ type Client struct {
 	counters *counters // shared by the family
 	family   *family
 	peer     Peer
-	gone     atomic.Bool // the process is
-	ticked   atomic.Bool // it is to be looked after
-	homes    []Region    // as attached
+	gone     atomic.Bool   // the process is
+	ticked   atomic.Bool   // it is to be looked after
+	homes    []Region      // as attached
+	files    []*sharedFile // by home, if that has Memory; shared with children
 	recorder atomic.Pointer[recorder]
 	ledger   *ledger // nil: nobody can take over
 

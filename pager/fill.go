@@ -150,7 +150,7 @@ func (c *Client) provide(r *region, i uint64, p pending) error {
 		return c.poison(r, i)
 	case present, zeroed:
 		if minor {
-			return c.fill(r, i, 1, nil, wanted{i, demand})
+			return c.mapAgain(r, i)
 		}
 		// Mostly a duplicate. If not, it comes again.
 		r.setState(i, s+1)
@@ -158,17 +158,17 @@ func (c *Client) provide(r *region, i uint64, p pending) error {
 		return c.file.Wake(r.page(i))
 	case removed, zeroedWoken:
 		if minor { // it was not discarded from the file
-			return c.fill(r, i, 1, nil, wanted{i, demand})
+			return c.mapAgain(r, i)
 		}
 		return c.fillZeros(r, i, 1, wanted{i, demand})
 	case presentWoken:
 		if minor {
-			return c.fill(r, i, 1, nil, wanted{i, demand})
+			return c.mapAgain(r, i)
 		}
 		return c.provideFromSource(r, i, i, 1, p)
 	}
 	if minor && r.memory == nil { // somebody else fills the file
-		return c.fill(r, i, 1, nil, wanted{i, demand})
+		return c.mapAgain(r, i)
 	}
 	limit := c.aroundPages(r.pageSize)
 	if recorder != nil {
@@ -181,6 +181,16 @@ func (c *Client) provide(r *region, i uint64, p pending) error {
 	err := c.provideFromSource(r, i, first, n, p)
 	if n > 1 && errors.Is(err, syscall.ENOENT) { // the mapping is smaller than that
 		err = c.provideFromSource(r, i, i, 1, p)
+	}
+	return err
+}
+
+// mapAgain maps a page that the memory's file has. If it has left the file since
+// the fault, the thread asks again, and says so then.
+func (c *Client) mapAgain(r *region, i uint64) error {
+	err := c.fill(r, i, 1, nil, wanted{i, demand})
+	if errors.Is(err, syscall.EFAULT) {
+		return c.file.Wake(r.page(i))
 	}
 	return err
 }
@@ -255,14 +265,55 @@ func (c *Client) useLent(bytes []byte) error {
 	return nil
 }
 
-// fillBytes installs n pages with the contents of bytes.
+// fillBytes installs n pages with the contents of bytes, or of zeros if that is
+// nil and the region has memory. What the memory's file has got before, for a
+// parent or a child, stays: they may have written to it.
 func (c *Client) fillBytes(r *region, first, n uint64, bytes []byte, w wanted) error {
 	if r.memory == nil {
 		return c.fill(r, first, n, bytes, w)
 	}
+	file := c.files[r.home]
+	file.mu.Lock()
+	defer file.mu.Unlock()
+	for n > 0 {
+		k := uint64(1)
+		var err error
+		if file.has(r, first) {
+			if err = c.mapMemory(r, first, 1, w); errors.Is(err, syscall.EFAULT) {
+				err = c.writeMemory(r, first, 1, nil, w) // it was discarded since
+			}
+		} else {
+			for k < n && !file.has(r, first+k) {
+				k++
+			}
+			var part []byte
+			if bytes != nil {
+				part = bytes[:k*r.pageSize]
+			}
+			err = c.writeMemory(r, first, k, part, w)
+		}
+		if err != nil {
+			return err
+		}
+		first, n = first+k, n-k
+		if bytes != nil {
+			bytes = bytes[k*r.pageSize:]
+		}
+	}
+	return nil
+}
+
+// writeMemory writes n pages to the region's memory and maps them.
+func (c *Client) writeMemory(r *region, first, n uint64, bytes []byte, w wanted) error {
 	if err := write(r.memoryAt(first, n), bytes); err != nil {
 		return err
 	}
+	c.files[r.home].add(r, first, n)
+	return c.mapMemory(r, first, n, w)
+}
+
+// mapMemory maps n pages that are written.
+func (c *Client) mapMemory(r *region, first, n uint64, w wanted) error {
 	if c.ledger != nil {
 		c.ledger.settle(r, first, n)
 		defer c.ledger.settled()

@@ -205,3 +205,77 @@ func TestFaultSplitMapping(t *testing.T) {
 	}
 	s.noErrors(t)
 }
+
+// Parent and child have the same shared memory: what one of them has written is
+// not taken back by what the source has, when the other one asks for the page. A
+// page that one of them discards reads zeros for both.
+func TestForkShared(t *testing.T) {
+	uffdtest.RequireEventFork(t)
+	uffdtest.Require(t, uffd.FeatureMinorShmem)
+	const pages = 4
+	proc := uffdtest.Start(t)
+	mem := proc.Map(uffdtest.Shmem, pages)
+	f := proc.Open(events)
+	register(t, f, mem.Range, uffd.RegisterMissing|uffd.RegisterMinor)
+	for _, from := range []string{"lent"} {
+		var contents source.Source = source.FromBytes(image(uffdtest.Shmem, pages))
+		r := region(mem, contents)
+		r.Memory = attachMemory(t, proc, mem)
+		s := serve(t, proc, f, &pager.Pager{FaultAround: 1}, r)
+		load := func(i int) uffdtest.Step {
+			return uffdtest.Step{Op: uffdtest.StepLoad, Args: [6]uint64{uint64(mem.Page(i).Start)}}
+		}
+		child := s.Fork(load(3), uffdtest.Step{Op: uffdtest.StepGate}, load(0), load(1), load(2), load(3))
+		s.AwaitForks()
+		t.Cleanup(proc.OpenGate)
+		s.Fill(mem.Page(0), 9).Value()
+		s.holds(t, mem, 1, 2)
+		s.Madvise(mem.Page(3), unix.MADV_REMOVE).Value()
+		s.OpenGate()
+		got, err := child.Result()
+		if err != nil {
+			t.Fatal(err)
+		}
+		want := []uint64{4, 0, 9, 2, 3, 0}
+		for i := range want {
+			if op := i + 1; i != 1 && got[op] != want[i] { // the gate returns what it read
+				t.Errorf("%s: step %d: the child has %d, want %d", from, i, got[op], want[i])
+			}
+		}
+		for i, b := range []byte{9, 2, 3, 0} {
+			s.holds(t, mem, i, b)
+		}
+		s.noErrors(t)
+	}
+}
+
+// A page that leaves the file of shared memory after a thread has asked for it is
+// discarded, and no failure.
+func TestMinorOvertaken(t *testing.T) {
+	uffdtest.Require(t, uffd.FeatureMinorShmem)
+	proc := uffdtest.Start(t)
+	mem := proc.Map(uffdtest.Shmem, 2)
+	f := proc.Open(events)
+	register(t, f, mem.Range, uffd.RegisterMissing|uffd.RegisterMinor)
+	r := region(mem, nil)
+	r.Memory = attachMemory(t, proc, mem)
+	calls := make(chan *uffdtest.Call, 1)
+	r.Source = hooked{source.FromBytes(image(uffdtest.Shmem, 2)), func(page int) {
+		if page != 0 {
+			return
+		}
+		calls <- proc.Load(mem.Page(1).Start)
+		elsewhere(t, "the fault waits", func() bool { unread, _ := waitingFaults(t, f); return unread == 1 })
+		if err := unix.Madvise(r.Memory[pageSize:], unix.MADV_REMOVE); err != nil {
+			t.Error(err)
+		}
+	}}
+	s := serve(t, proc, f, &pager.Pager{FaultAround: 1, RetryFor: -1}, r)
+	s.holds(t, mem, 1, 2)
+	s.Madvise(mem.Page(1), unix.MADV_DONTNEED).Value() // of the mapping, not of the file
+	s.holds(t, mem, 0, 1)
+	if b := (<-calls).Value(); b != 0 {
+		t.Errorf("loaded %d, want 0", b)
+	}
+	s.noErrors(t)
+}

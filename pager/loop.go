@@ -360,7 +360,7 @@ func (c *Client) fork(m *uffd.Msg) {
 		c.report(fmt.Errorf("pager: a child cannot be served: %w", err))
 		return
 	}
-	child := &Client{pager: c.pager, file: file, counters: c.counters, family: c.family}
+	child := &Client{pager: c.pager, file: file, files: c.files, counters: c.counters, family: c.family}
 	child.init()
 	child.loop.regions = c.loop.regions.clone()
 	for _, j := range c.loop.jobs {

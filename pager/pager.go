@@ -170,6 +170,11 @@ func (c *Client) addRegion(r Region) error {
 	added.around.window = c.aroundPages(size)
 	c.loop.regions.insert(added)
 	c.homes = append(c.homes, r)
+	var file *sharedFile
+	if r.Memory != nil {
+		file = &sharedFile{written: newPages(added.pages())}
+	}
+	c.files = append(c.files, file)
 	return nil
 }
 

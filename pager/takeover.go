@@ -70,6 +70,11 @@ func (c *Client) takeOver() error {
 	if err != nil {
 		return err
 	}
+	for i, home := range c.homes {
+		if home.Memory != nil {
+			c.files[i].adopt(c.ledger.states[i], home.Range.Len/uint64(home.PageSize))
+		}
+	}
 	for _, r := range rs {
 		r.around.window = c.aroundPages(r.pageSize)
 		if err := c.file.Wake(r.Range); err != nil {

@@ -279,3 +279,31 @@ func TestMinorOvertaken(t *testing.T) {
 	}
 	s.noErrors(t)
 }
+
+// When a part of a huge page is discarded, the rest keeps what the source has.
+func TestRemovePartOfPage(t *testing.T) {
+	const pages = 3
+	uffdtest.LockSettings(t).HugePages(pages)
+	proc := uffdtest.Start(t)
+	mem, f := mapped(t, proc, uffdtest.Hugetlb, pages)
+	s := serve(t, proc, f, new(pager.Pager), region(mem, source.FromBytes(image(uffdtest.Hugetlb, pages))))
+	s.holds(t, mem, 0, 1)
+	part := uint64(pageSize)
+	s.Madvise(uffd.Range{Start: mem.Page(1).Start - uffd.Addr(part), Len: mem.Page(1).Len + 2*part}, unix.MADV_REMOVE).Value()
+	for i, want := range []byte{1, 0, 3} {
+		rest := mem.Page(i)
+		switch i {
+		case 0:
+			rest.Len -= part
+		case 2:
+			rest = rest.Skip(int64(part))
+		}
+		if n := s.Check(rest, want).Value(); n != 0 {
+			t.Errorf("page %d: %d bytes are not %d", i, n, want)
+		}
+	}
+	if b := s.Load(mem.Page(1).Start - 1).Value(); b != 0 {
+		t.Errorf("the part of a page that was there holds %d", b)
+	}
+	s.noErrors(t)
+}

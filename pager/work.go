@@ -47,8 +47,7 @@ type queue struct {
 	running int // workers
 	reading int // of them, jobs that are ahead
 
-	filled  atomic.Bool // done or tasks has something
-	workers sync.WaitGroup
+	filled atomic.Bool // done or tasks has something
 }
 
 // take returns what is new for the loop.
@@ -107,7 +106,7 @@ func (c *Client) submit(j *job, r *region) {
 	}
 	if q.running < c.workers() {
 		q.running++
-		q.workers.Add(1)
+		c.family.workers.Add(1)
 		go c.worker()
 	}
 }
@@ -157,7 +156,7 @@ func (c *Client) aheadLimit() int { return max(1, c.workers()/4) }
 
 // worker reads sources until there is nothing to read.
 func (c *Client) worker() {
-	defer c.queue.workers.Done()
+	defer c.family.workers.Done()
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	q := &c.queue
 	for {
@@ -201,6 +200,10 @@ func (c *Client) read(j *job) {
 }
 
 const readMin = time.Millisecond
+
+// maxBuffer is the size of the largest buffer that is kept for the next read, as
+// many as there are workers.
+const maxBuffer = 2 << 20
 
 // finish installs what a job has read. It reports whether the job is over.
 func (c *Client) finish(j *job) (over bool) {
@@ -281,7 +284,7 @@ func (c *Client) release(j *job, err error) {
 	q := &c.queue
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	if len(q.buffers) < c.workers() {
+	if len(q.buffers) < c.workers() && cap(j.buf) <= maxBuffer {
 		q.buffers = append(q.buffers, j.buf)
 	}
 	j.buf = nil

@@ -191,11 +191,14 @@ func TestPopulateSplitMapping(t *testing.T) {
 
 // The same for a fault: it costs one read of the source.
 func TestFaultSplitMapping(t *testing.T) {
-	const pages = 16
+	const pages = 64
 	proc := uffdtest.Start(t)
 	mem, f := mapped(t, proc, uffdtest.Anon, pages)
-	s := serve(t, proc, f, new(pager.Pager), region(mem, slow{source.FromBytes(image(uffdtest.Anon, pages)), nil}))
-	s.Mprotect(uffd.Range{Start: mem.Page(8).Start, Len: 8 * uint64(pageSize)}, unix.PROT_READ).Value()
+	p := &pager.Pager{FaultAround: 16 * pageSize}
+	s := serve(t, proc, f, p, region(mem, slow{source.FromBytes(image(uffdtest.Anon, pages)), nil}))
+	for i := 4; i < pages; i += 8 {
+		s.Mprotect(uffd.Range{Start: mem.Page(i).Start, Len: 4 * uint64(pageSize)}, unix.PROT_READ).Value()
+	}
 	for i := range pages {
 		reads := s.client.Stats().Reads
 		s.holds(t, mem, i, byte(i+1))

@@ -27,7 +27,7 @@ var ErrChildrenLost = errors.New("pager: forked children have lost their pager, 
 // where that is found out, and one of another version of this package are errors,
 // too. Nothing was served then, and nobody was woken.
 //
-// The file has one byte for two pages of memory. 8 KiB of it are locked in
+// The file has one byte for two pages of memory. A page of it is locked in
 // memory: see mlock(2), RLIMIT_MEMLOCK.
 func (p *Pager) AttachState(f *uffd.File, state *os.File, rs ...Region) (*Client, error) {
 	c := newClient(p, f)

@@ -376,6 +376,7 @@ func TestTakeOverOfSharedMemory(t *testing.T) {
 // The same if the pager dies where it maps the page: its process may have written
 // to it by then.
 func TestTakeOverOfMappedPage(t *testing.T) {
+	uffdtest.RequireFile(t, "/proc/sys/kernel/seccomp/actions_avail", "") // filters that kill a process
 	uffdtest.Require(t, uffd.FeatureMinorShmem)
 	proc := uffdtest.Start(t)
 	mem := proc.Map(uffdtest.Shmem, 2)

@@ -21,9 +21,10 @@ type Client struct {
 	counters *counters // shared by the family
 	family   *family
 	peer     Peer
-	gone     atomic.Bool // the process is
-	ticked   atomic.Bool // it is to be looked after
-	homes    []Region    // as attached
+	gone     atomic.Bool   // the process is
+	ticked   atomic.Bool   // it is to be looked after
+	homes    []Region      // as attached
+	files    []*sharedFile // by home, if that has Memory; shared with children
 	recorder atomic.Pointer[recorder]
 	ledger   *ledger // nil: nobody can take over
 
@@ -43,6 +44,7 @@ type family struct {
 	end     context.CancelCauseFunc
 	failure error          // of a member, ended Serve
 	running sync.WaitGroup // for each member that is served
+	workers sync.WaitGroup // also of members that are gone: they use sources
 	over    chan struct{}  // closed when Serve returns
 }
 
@@ -190,15 +192,14 @@ func (c *Client) Close() error {
 	f.interrupt(os.ErrClosed)
 	f.wait(context.Background())
 	c.queue.clear(true)
+	f.workers.Wait()
+	c.file.SetReadDeadline(time.Time{}) // it is the caller's again
 
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for len(f.members) > 0 {
-		member := f.members[0]
-		member.queue.workers.Wait()
-		f.leave(member)
+		f.leave(f.members[0])
 	}
-	c.queue.workers.Wait()
 	c.pager.forget(c)
 	if c.ledger != nil {
 		c.ledger.close()

@@ -27,7 +27,9 @@
 // announce it; what a process does without them goes unnoticed. On shared memory
 // the kernel does not tell MADV_DONTNEED from MADV_REMOVE: a page that is
 // discarded before it was ever touched reads zeros after either. Parent and
-// child do not learn what the other one discards in memory that they share.
+// child do not learn what the other one discards in memory that they share, except
+// pages of a region with Memory that one of them had touched. Of a huge page of
+// which only a part is discarded (MADV_REMOVE), the rest stays what it was.
 //
 // The kernel announces that memory was moved or unmapped after the fact. If
 // another thread has moved memory to the same address meanwhile, the events can
@@ -73,18 +75,25 @@
 // another process, after an update or after the pager was killed, attach with
 // [Pager.AttachState], and have a keeper hold the state's file and a duplicate of
 // the userfaultfd: the process that is served, or one that starts pagers, such as
-// systemd with its file descriptor store. It does not have to do anything with
-// them but pass them to the next pager. To hand over in peace, end Serve and
-// Close; but kill -9 will do.
+// systemd with its file descriptor store. Without the duplicate the death of the
+// pager closes the last descriptor, and missing memory reads as zeros; without the
+// file the next pager brings back what was discarded. The keeper does not have to
+// do anything with them but pass them to the next pager, once the one before is
+// gone: kill(2) returns earlier, wait(2) does not. To hand over in peace, end
+// Serve and Close; but kill -9 will do.
 //
 // The next client wakes all threads that wait, so that they ask again, and gives
-// each page what the one before would have given it. No event is lost, at
-// whatever instruction the pager died: the kernel forgets an event when it is
-// read, but copies it to the state in the same system call, and it stays there
-// until it has been dealt with. (The kernel can fail to copy if it has to wait for
-// that page of memory. It is locked, so that would take a move of the page by
-// the kernel at the very moment in which the process is being killed.) As long
-// as nobody serves, threads that fault, discard, move, unmap or fork wait.
+// each page what the one before would have given it. Pages that were being read,
+// or had failed and were held, are read anew. Stats, a recording, and a Populate
+// that was under way are not kept.
+//
+// No event is lost, at whatever instruction the pager died: the kernel forgets an
+// event when it is read, but copies it to the state in the same system call, and
+// it stays there until it has been dealt with. (The kernel can fail to copy if it
+// has to wait for that page of memory. It is locked, so that would take a move of
+// the page by the kernel at the very moment in which the process is being killed.)
+// As long as nobody serves, threads that fault, discard, move, unmap or fork wait:
+// a restart takes as long as to start a process and to look through the state.
 //
 // Children are the exception. Their userfaultfds are made when the event of the
 // fork is read, and die with the pager: what they have not touched reads as zeros

@@ -64,13 +64,23 @@ func (c *Client) settle(r *region, page uffd.Range, p pending, err error) (over 
 // unknown deals with a fault outside of all regions.
 func (c *Client) unknown(p pending) error {
 	page := uffd.Range{Start: p.Addr &^ (systemPage - 1), Len: uint64(systemPage)}
+	action := c.pager.OnFailure
 	var err error
-	if c.pager.UnknownZero || c.pager.OnFailure == Zeros {
+	switch {
+	case p.Flags.Has(uffd.PagefaultWP): // it is there, and nobody wants to know
+		if err = c.file.WriteProtect(page, 0); err == nil {
+			c.counters.unlocked.Add(1)
+			return nil
+		}
+	case !c.pager.UnknownZero && action == Poison:
+		err = c.poisonPage(page)
+	case !c.pager.UnknownZero && action == Hold:
+	case p.Flags.Has(uffd.PagefaultMinor): // the file has it
+		_, err = c.file.Continue(page, 0)
+	default:
 		if _, err = c.file.ZeroPage(page, 0); errors.Is(err, syscall.EEXIST) {
 			_, err = c.zeroOver(page.Start)
 		}
-	} else if c.pager.OnFailure == Poison {
-		err = c.poisonPage(page)
 	}
 	if errors.Is(err, syscall.EEXIST) {
 		err = c.file.Wake(page)
@@ -78,14 +88,23 @@ func (c *Client) unknown(p pending) error {
 	if errors.Is(err, uffd.ErrRetry) || errors.Is(err, uffd.ErrGone) || errors.Is(err, syscall.ENOENT) {
 		return err
 	}
-	c.counters.unknown.Add(1)
-	if c.pager.UnknownZero && err == nil {
+	if err == nil && c.pager.UnknownZero {
+		c.counters.unknown.Add(1)
 		return nil
 	}
-	action := c.pager.OnFailure
 	if err != nil {
 		action = Hold
 	}
+	if action == Hold {
+		// The memory may have been unmapped since the fault, and nobody may be
+		// left waiting then. If it was not, the thread asks once more.
+		if _, asked := c.loop.troubles[page.Start]; !asked {
+			t := now()
+			c.loop.troubles[page.Start] = trouble{since: t, due: t}
+			return c.file.Wake(page)
+		}
+	}
+	c.counters.unknown.Add(1)
 	c.report(&PageError{page, action, errors.Join(errUnknown, err)})
 	return nil
 }
@@ -131,7 +150,7 @@ func (c *Client) provide(r *region, i uint64, p pending) error {
 		return c.poison(r, i)
 	case present, zeroed:
 		if minor {
-			return c.fill(r, i, 1, nil, wanted{i, demand})
+			return c.mapAgain(r, i)
 		}
 		// Mostly a duplicate. If not, it comes again.
 		r.setState(i, s+1)
@@ -139,17 +158,17 @@ func (c *Client) provide(r *region, i uint64, p pending) error {
 		return c.file.Wake(r.page(i))
 	case removed, zeroedWoken:
 		if minor { // it was not discarded from the file
-			return c.fill(r, i, 1, nil, wanted{i, demand})
+			return c.mapAgain(r, i)
 		}
 		return c.fillZeros(r, i, 1, wanted{i, demand})
 	case presentWoken:
 		if minor {
-			return c.fill(r, i, 1, nil, wanted{i, demand})
+			return c.mapAgain(r, i)
 		}
 		return c.provideFromSource(r, i, i, 1, p)
 	}
 	if minor && r.memory == nil { // somebody else fills the file
-		return c.fill(r, i, 1, nil, wanted{i, demand})
+		return c.mapAgain(r, i)
 	}
 	limit := c.aroundPages(r.pageSize)
 	if recorder != nil {
@@ -162,6 +181,16 @@ func (c *Client) provide(r *region, i uint64, p pending) error {
 	err := c.provideFromSource(r, i, first, n, p)
 	if n > 1 && errors.Is(err, syscall.ENOENT) { // the mapping is smaller than that
 		err = c.provideFromSource(r, i, i, 1, p)
+	}
+	return err
+}
+
+// mapAgain maps a page that the memory's file has. If it has left the file since
+// the fault, the thread asks again, and says so then.
+func (c *Client) mapAgain(r *region, i uint64) error {
+	err := c.fill(r, i, 1, nil, wanted{i, demand})
+	if errors.Is(err, syscall.EFAULT) {
+		return c.file.Wake(r.page(i))
 	}
 	return err
 }
@@ -204,6 +233,7 @@ type lent struct {
 	r        *region
 	first, n uint64
 	wanted   wanted
+	used     bool  // they were lent
 	err      error // the kernel's
 }
 
@@ -219,23 +249,71 @@ func (c *Client) fillLent(r *region, first, n uint64, w wanted) (lentErr, err er
 	*l = lent{r: r, first: first, n: n, wanted: w}
 	lentErr = source.Borrow(r.source, r.sourceOffset(first), int(n*r.pageSize), c.loop.use)
 	l.r = nil
+	if lentErr == nil && !l.used {
+		lentErr = source.ErrNotInMemory
+	}
 	return lentErr, l.err
 }
 
 func (c *Client) useLent(bytes []byte) error {
 	l := &c.loop.lent
+	if uint64(len(bytes)) != l.n*l.r.pageSize { // other bytes than were asked for
+		return source.ErrNotInMemory
+	}
+	l.used = true
 	l.err = c.fillBytes(l.r, l.first, l.n, bytes, l.wanted)
 	return nil
 }
 
-// fillBytes installs n pages with the contents of bytes.
+// fillBytes installs n pages with the contents of bytes, or of zeros if that is
+// nil and the region has memory. What the memory's file has got before, for a
+// parent or a child, stays: they may have written to it.
 func (c *Client) fillBytes(r *region, first, n uint64, bytes []byte, w wanted) error {
 	if r.memory == nil {
 		return c.fill(r, first, n, bytes, w)
 	}
+	file := c.files[r.home]
+	file.mu.Lock()
+	defer file.mu.Unlock()
+	for n > 0 {
+		k := uint64(1)
+		var err error
+		if file.has(r, first) {
+			if err = c.mapMemory(r, first, 1, w); errors.Is(err, syscall.EFAULT) {
+				err = c.writeMemory(r, first, 1, nil, w) // it was discarded since
+			}
+		} else {
+			for k < n && !file.has(r, first+k) {
+				k++
+			}
+			var part []byte
+			if bytes != nil {
+				part = bytes[:k*r.pageSize]
+			}
+			err = c.writeMemory(r, first, k, part, w)
+		}
+		if err != nil {
+			return err
+		}
+		first, n = first+k, n-k
+		if bytes != nil {
+			bytes = bytes[k*r.pageSize:]
+		}
+	}
+	return nil
+}
+
+// writeMemory writes n pages to the region's memory and maps them.
+func (c *Client) writeMemory(r *region, first, n uint64, bytes []byte, w wanted) error {
 	if err := write(r.memoryAt(first, n), bytes); err != nil {
 		return err
 	}
+	c.files[r.home].add(r, first, n)
+	return c.mapMemory(r, first, n, w)
+}
+
+// mapMemory maps n pages that are written.
+func (c *Client) mapMemory(r *region, first, n uint64, w wanted) error {
 	if c.ledger != nil {
 		c.ledger.settle(r, first, n)
 		defer c.ledger.settled()

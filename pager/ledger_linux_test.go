@@ -365,3 +365,20 @@ func TestOpenLedger(t *testing.T) {
 		t.Error("a pipe is a state")
 	}
 }
+
+// The pages of shared memory that the pager before has written are known.
+func TestSharedFileAdopts(t *testing.T) {
+	states := newPages(uint64(held) + 1)
+	for s := range held + 1 {
+		states.set(uint64(s), s)
+	}
+	f := &sharedFile{written: newPages(uint64(held) + 1)}
+	f.adopt(states, uint64(held)+1)
+	r := &region{}
+	for s := range held + 1 {
+		want := s == present || s == presentWoken || s == zeroed || s == zeroedWoken
+		if f.has(r, uint64(s)) != want {
+			t.Errorf("a page of state %d is written: %v, want %v", s, !want, want)
+		}
+	}
+}

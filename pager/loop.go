@@ -7,6 +7,7 @@ import (
 	"math"
 	"os"
 	"runtime/debug"
+	"slices"
 	"syscall"
 	"time"
 
@@ -330,7 +331,8 @@ func (c *Client) event(m *uffd.Msg) {
 		c.counters.remaps.Add(1)
 		if r, ok := m.Remap(); ok {
 			c.outdate(uffd.Range{Start: r.From, Len: r.Len})
-			for _, t := range l.tasks { // it may have been moved out of their sight
+			c.outdate(uffd.Range{Start: r.To, Len: r.Len}) // unmapped by that, maybe without an event
+			for _, t := range l.tasks {                    // it may have been moved out of their sight
 				t.outdated = true
 			}
 		}
@@ -358,7 +360,7 @@ func (c *Client) fork(m *uffd.Msg) {
 		c.report(fmt.Errorf("pager: a child cannot be served: %w", err))
 		return
 	}
-	child := &Client{pager: c.pager, file: file, counters: c.counters, family: c.family}
+	child := &Client{pager: c.pager, file: file, files: c.files, counters: c.counters, family: c.family}
 	child.init()
 	child.loop.regions = c.loop.regions.clone()
 	for _, j := range c.loop.jobs {
@@ -369,14 +371,23 @@ func (c *Client) fork(m *uffd.Msg) {
 	c.family.adopt(child)
 }
 
-// outdate makes what is being read for r worthless. Threads that wait for it ask
-// again.
+// outdate makes worthless what is known of faults in r, and what is being read
+// for them. Threads that wait there ask again, also those for whose page the
+// source has failed.
 func (c *Client) outdate(r uffd.Range) {
-	for _, j := range c.loop.jobs {
+	l := &c.loop
+	for _, j := range l.jobs {
 		if !j.outdated && overlap(j.Range, r) {
 			c.drop(j)
 		}
 	}
+	l.again = slices.DeleteFunc(l.again, func(p pending) bool { return r.Contains(p.Addr) })
+	for page := range l.troubles {
+		if r.Contains(page) {
+			delete(l.troubles, page)
+		}
+	}
+	c.file.Wake(r)
 }
 
 // drop gives the pages of a job back.

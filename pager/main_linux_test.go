@@ -18,17 +18,19 @@ import (
 // What shipped servers of faults got wrong, and which tests would notice:
 //
 //	a refused fill tried in a loop, without reading the event    TestRemoveDuringFill
-//	waiting for an event that does not come                      TestRemoveRace, TestArm
+//	waiting for an event that does not come                      TestArm
 //	a fault dropped because the kernel refused to fill it        TestRemoveRace
 //	a page that exists taken for success, nobody woken           TestExistingPageWakes, TestHugePoolEmpty
 //	a fault filled that is older than the removal of its page    TestRemoveOvertakesFault, TestRemoveOvertakesRead
 //	reading of events that waits for a worker                    TestRemoveOvertakesRead, TestSlowSource
 //	a page installed first and protected afterwards              TestNoWriteBefore
 //	a page that exists left without protection                   TestBeforeWrite
+//	threads left waiting for a page that is gone                 TestHeldPageChanges, TestUnmapOvertakesFault
 //	a copy from behind the end of the source                     TestServe
 //	shared memory mapped that is not ready                       TestMinor
+//	shared memory written again that a child has changed         TestForkShared
 //	descriptors of children leaked                               TestFork, TestForkFails, TestTorture
-//	a server that dies                                           TestTakeOverLosesNoEvent and the like
+//	a server that dies                                           TestTakeOverLosesNoEvent, TestTakeOverServesFaults, TestTakeOverOfMappedPage
 //	a mapped source unmapped while it is copied                  TestFileCloseWaits of package source
 //	pages installed without waking those who wait                TestNeighboursWake
 func TestMain(m *testing.M) {

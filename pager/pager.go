@@ -75,8 +75,10 @@ type Region struct {
 	// Offset is where the contents of the first page are in Source.
 	Offset int64
 	// PageSize is the size of the memory's pages; 0 means the system's. For
-	// hugetlb memory it is that of its huge pages. A page is installed as a
-	// whole, and its client waits meanwhile: a good part of a second for 1 GiB.
+	// hugetlb memory it is that of its huge pages; nothing else will do, for
+	// the kernel does not say of a part of a page that it is missing. A page is
+	// installed as a whole, and its client waits meanwhile: a good part of a
+	// second for 1 GiB.
 	PageSize int
 
 	// Memory is the caller's own mapping of the same shared memory. The pager
@@ -85,7 +87,9 @@ type Region struct {
 	// as well: the kernel fills holes with zeros without asking if it is
 	// registered for minor faults alone. Shared memory that the client moves
 	// with MREMAP_DONTUNMAP needs Memory: without, what stays behind is taken
-	// for private, and zeros go into the file.
+	// for private, and zeros go into the file. Two Regions must not share
+	// memory: neither would know what was written through the other one, and
+	// write over it. The children of a process are taken care of.
 	Memory []byte
 
 	// BeforeWrite, if not nil, is called before a page is written for the first
@@ -113,7 +117,9 @@ func (e *PageError) Unwrap() error { return e.Err }
 
 // Attach makes a client of a userfaultfd that has been through API, with the
 // regions that are registered with it. The File stays the caller's: Close of the
-// client does not close it. From now on only the client may read from it.
+// client does not close it. From now on, until Close, only the client may read
+// from it. A thread whose fault was read before by somebody who did not resolve it
+// waits until it is woken: see [uffd.File.Wake].
 func (p *Pager) Attach(f *uffd.File, rs ...Region) (*Client, error) {
 	c := newClient(p, f)
 	for _, r := range rs {
@@ -170,6 +176,11 @@ func (c *Client) addRegion(r Region) error {
 	added.around.window = c.aroundPages(size)
 	c.loop.regions.insert(added)
 	c.homes = append(c.homes, r)
+	var file *sharedFile
+	if r.Memory != nil {
+		file = &sharedFile{written: newPages(added.pages())}
+	}
+	c.files = append(c.files, file)
 	return nil
 }
 

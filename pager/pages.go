@@ -1,5 +1,7 @@
 package pager
 
+import "sync"
+
 // A state says what a page holds, and so what to do when it is touched.
 type state uint8
 
@@ -63,4 +65,30 @@ func (p *pages) clone() *pages {
 		}
 	}
 	return q
+}
+
+// A sharedFile is the file of a Region's Memory, which a parent and its children
+// have in common. It knows which pages were written: whoever asks for one next
+// gets what is there, and zeros if it was discarded.
+type sharedFile struct {
+	mu      sync.Mutex // held while pages are written and mapped
+	written *pages     // present
+}
+
+func (f *sharedFile) has(r *region, i uint64) bool { return f.written.get(r.first+i) != absent }
+
+func (f *sharedFile) add(r *region, first, n uint64) {
+	for i := first; i < first+n; i++ {
+		f.written.set(r.first+i, present)
+	}
+}
+
+// adopt takes note of the pages that another pager has written.
+func (f *sharedFile) adopt(states *pages, n uint64) {
+	for i := range n {
+		switch states.get(i) {
+		case present, presentWoken, zeroed, zeroedWoken:
+			f.written.set(i, present)
+		}
+	}
 }

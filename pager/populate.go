@@ -148,7 +148,7 @@ func (t *task) finished(j *job, err error) {
 	case err != nil:
 		t.fail(err)
 	default:
-		t.add(j.Len)
+		t.add(j.Len - j.gone)
 	}
 }
 

@@ -111,14 +111,16 @@ func (rs *regions) apply(m *uffd.Msg) {
 	}
 }
 
-// remove notes that the pages in r were discarded.
+// remove notes that the pages in r were discarded. Of a huge page of which that is
+// a part the rest is as before.
 func (rs *regions) remove(r uffd.Range) {
 	for _, part := range *rs {
 		if !overlap(part.Range, r) {
 			continue
 		}
-		end := min(part.End(), r.End())
-		for i := part.index(max(part.Start, r.Start)); i <= part.index(end-1); i++ {
+		first := part.index(max(part.Start, r.Start) + uffd.Addr(part.pageSize-1))
+		end := part.index(min(part.End(), r.End()))
+		for i := first; i < end; i++ {
 			part.setState(i, removed)
 		}
 	}

@@ -27,7 +27,7 @@ var ErrChildrenLost = errors.New("pager: forked children have lost their pager, 
 // where that is found out, and one of another version of this package are errors,
 // too. Nothing was served then, and nobody was woken.
 //
-// The file has one byte for two pages of memory. 8 KiB of it are locked in
+// The file has one byte for two pages of memory. A page of it is locked in
 // memory: see mlock(2), RLIMIT_MEMLOCK.
 func (p *Pager) AttachState(f *uffd.File, state *os.File, rs ...Region) (*Client, error) {
 	c := newClient(p, f)
@@ -69,6 +69,11 @@ func (c *Client) takeOver() error {
 	rs, err := c.ledger.recover(c.homes)
 	if err != nil {
 		return err
+	}
+	for i, home := range c.homes {
+		if home.Memory != nil {
+			c.files[i].adopt(c.ledger.states[i], home.Range.Len/uint64(home.PageSize))
+		}
 	}
 	for _, r := range rs {
 		r.around.window = c.aroundPages(r.pageSize)

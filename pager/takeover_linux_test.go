@@ -3,6 +3,7 @@ package pager_test
 import (
 	"bufio"
 	"context"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"flag"
@@ -11,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
+	"runtime"
 	"slices"
 	"strconv"
 	"sync"
@@ -18,6 +20,7 @@ import (
 	"syscall"
 	"testing"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -32,8 +35,9 @@ var takeoverTime = flag.Duration("takeover", 3*time.Second, "how long TestTakeOv
 // A plan is what a pager in a process of its own serves.
 type plan struct {
 	Regions []planned
-	Die     bool // after reading, before anything else
-	Forks   bool // tell of children that were lost
+	Die     bool        // after reading, before anything else
+	Forks   bool        // tell of children that were lost
+	DieAt   uffd.Ioctls // one of them, for which it is killed when it calls it
 }
 
 type planned struct {
@@ -100,6 +104,11 @@ func servePlan() error {
 	if plan.Die {
 		return pager.DieAfterRead(c)
 	}
+	if plan.DieAt != 0 {
+		if err := dieAt(plan.DieAt); err != nil {
+			return err
+		}
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGTERM)
 	defer stop()
 	fmt.Println("serves")
@@ -110,6 +119,39 @@ func servePlan() error {
 		return err
 	}
 	return f.Close()
+}
+
+// dieAt has the kernel kill this process when it calls an ioctl, before that does
+// anything.
+func dieAt(call uffd.Ioctls) error {
+	request, ok := call.Request()
+	if !ok {
+		return fmt.Errorf("%v is not one ioctl", call)
+	}
+	const nr, request0 = 0, 24 // in struct seccomp_data; the latter is of 64 bits
+	at := uint32(request0)
+	if binary.NativeEndian.Uint16([]byte{0, 1}) == 1 {
+		at += 4
+	}
+	filter := []unix.SockFilter{
+		{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, K: nr},
+		{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: unix.SYS_IOCTL, Jf: 3},
+		{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, K: at},
+		{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: request, Jf: 1},
+		{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_KILL_PROCESS},
+		{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ALLOW},
+	}
+	program := unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]}
+	runtime.LockOSThread() // the other threads get both from this one
+	defer runtime.UnlockOSThread()
+	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
+		return os.NewSyscallError("prctl", err)
+	}
+	if _, _, e := unix.Syscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, unix.SECCOMP_FILTER_FLAG_TSYNC,
+		uintptr(unsafe.Pointer(&program))); e != 0 {
+		return os.NewSyscallError("seccomp", e)
+	}
+	return nil
 }
 
 // A keeper holds what a pager in another process serves.
@@ -328,6 +370,47 @@ func TestTakeOverOfSharedMemory(t *testing.T) {
 			}
 		}
 		p.kill()
+	}
+}
+
+// The same if the pager dies where it maps the page: its process may have written
+// to it by then.
+func TestTakeOverOfMappedPage(t *testing.T) {
+	uffdtest.RequireFile(t, "/proc/sys/kernel/seccomp/actions_avail", "") // filters that kill a process
+	uffdtest.Require(t, uffd.FeatureMinorShmem)
+	proc := uffdtest.Start(t)
+	mem := proc.Map(uffdtest.Shmem, 2)
+	f := proc.Open(events)
+	register(t, f, mem.Range, uffd.RegisterMissing|uffd.RegisterMinor)
+	k := keep(t, f, plan{Regions: []planned{{Range: mem.Range, Kind: mem.Kind, FD: 5}}, DieAt: uffd.IoctlContinue}, openShared(t, proc, mem))
+	first := k.start()
+	first.says("serves")
+	load := proc.Load(mem.Page(1).Start)
+	first.Wait()
+	if status := first.ProcessState.Sys().(syscall.WaitStatus); status.Signal() != unix.SIGSYS {
+		t.Fatalf("the pager was not killed at the ioctl: %v", first.ProcessState)
+	}
+	file := attachMemory(t, proc, mem)
+	if b := file[pageSize+1]; b != 2 {
+		t.Fatalf("the page holds %d, want 2", b)
+	}
+	file[pageSize] = 9 // as the process would
+	k.plan.DieAt = 0
+	second := k.start()
+	second.says("serves")
+	if b := load.Value(); b != 9 {
+		t.Errorf("loaded %d, want 9", b)
+	}
+	if n := proc.Check(mem.Page(0), 1).Value(); n != 0 {
+		t.Errorf("page 0: %d bytes are not 1", n)
+	}
+	second.kill()
+	k.start().says("serves")
+	if err := unix.Madvise(file[:pageSize], unix.MADV_REMOVE); err != nil { // no event tells of it
+		t.Fatal(err)
+	}
+	if b := proc.Load(mem.Page(0).Start).Value(); b != 0 {
+		t.Errorf("loaded %d from a page that was discarded, want 0", b)
 	}
 }
 

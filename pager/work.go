@@ -7,6 +7,7 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/go-uffd/uffd"
@@ -30,6 +31,7 @@ type job struct {
 
 	buf    []byte
 	served uffd.Range // what was read: all, or only the page that is wanted
+	gone   uint64     // bytes of it for which there is no memory
 	err    error
 }
 
@@ -45,8 +47,7 @@ type queue struct {
 	running int // workers
 	reading int // of them, jobs that are ahead
 
-	filled  atomic.Bool // done or tasks has something
-	workers sync.WaitGroup
+	filled atomic.Bool // done or tasks has something
 }
 
 // take returns what is new for the loop.
@@ -105,7 +106,7 @@ func (c *Client) submit(j *job, r *region) {
 	}
 	if q.running < c.workers() {
 		q.running++
-		q.workers.Add(1)
+		c.family.workers.Add(1)
 		go c.worker()
 	}
 }
@@ -155,7 +156,7 @@ func (c *Client) aheadLimit() int { return max(1, c.workers()/4) }
 
 // worker reads sources until there is nothing to read.
 func (c *Client) worker() {
-	defer c.queue.workers.Done()
+	defer c.family.workers.Done()
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	q := &c.queue
 	for {
@@ -200,6 +201,10 @@ func (c *Client) read(j *job) {
 
 const readMin = time.Millisecond
 
+// maxBuffer is the size of the largest buffer that is kept for the next read, as
+// many as there are workers.
+const maxBuffer = 2 << 20
+
 // finish installs what a job has read. It reports whether the job is over.
 func (c *Client) finish(j *job) (over bool) {
 	r := c.loop.regions.find(j.Start)
@@ -223,6 +228,9 @@ func (c *Client) finish(j *job) (over bool) {
 			first, n, bytes = first+1, n-1, bytes[r.pageSize:]
 		}
 		err = c.fillBytes(r, first, n, bytes, w)
+		if n > 1 && errors.Is(err, syscall.ENOENT) {
+			err = c.fillEach(j, r, first, bytes, w)
+		}
 		if errors.Is(err, uffd.ErrRetry) {
 			c.counters.deferred.Add(1)
 			return false
@@ -248,6 +256,23 @@ func (c *Client) finish(j *job) (over bool) {
 	return true
 }
 
+// fillEach installs pages one by one, for mappings end between them. Those that
+// nobody waits for may not be there.
+func (c *Client) fillEach(j *job, r *region, first uint64, bytes []byte, w wanted) error {
+	for i := first; len(bytes) > 0; i, bytes = i+1, bytes[r.pageSize:] {
+		err := c.fillBytes(r, i, 1, bytes[:r.pageSize], w)
+		switch {
+		case errors.Is(err, syscall.ENOENT) && (j.ahead || i != w.page):
+			r.setState(i, absent)
+			j.gone += r.pageSize
+			c.file.Wake(r.page(i))
+		case err != nil:
+			return err
+		}
+	}
+	return nil
+}
+
 // release ends a job.
 func (c *Client) release(j *job, err error) {
 	if j.task != nil {
@@ -259,7 +284,7 @@ func (c *Client) release(j *job, err error) {
 	q := &c.queue
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	if len(q.buffers) < c.workers() {
+	if len(q.buffers) < c.workers() && cap(j.buf) <= maxBuffer {
 		q.buffers = append(q.buffers, j.buf)
 	}
 	j.buf = nil

@@ -285,7 +285,8 @@ var (
 //
 // Errors: [*uffd.OpenError] if no userfaultfd can be opened;
 // [*uffd.FeatureError] before Linux 4.14; ENOMEM if there is no address space or
-// are no huge pages; EINVAL if the kernel does not have this page size;
+// are no huge pages; EINVAL if the kernel does not have this page size, ENODEV
+// if the memory is shared;
 // [errors.ErrUnsupported] outside of Linux, and with a release of Go whose runtime
 // hides where a goroutine has faulted, which finding swallowed faults depends on.
 func New(src source.Source, c *Config) (*Memory, error) {
@@ -588,6 +589,9 @@ func (m *Memory) Discard(off, length int64) error {
 
 // span returns the pages that the range lies in.
 func (m *Memory) span(off, length int64) (first, last int, err error) {
+	if m.closed.Load() {
+		return 0, 0, os.ErrClosed
+	}
 	if off < 0 || length < 0 || off > m.Size() || length > m.Size()-off {
 		return 0, 0, fmt.Errorf("lazymem: the %d bytes at %d do not lie within the memory's %d", length, off, m.size)
 	}

@@ -136,8 +136,9 @@
 // be stopped in assembly code (see package uffd). What that means was measured
 // with 16 goroutines that fault in all sorts of code, while one goroutine runs
 // the collector in a loop, or runtime.ReadMemStats, or the source allocates 2 MiB
-// in each read, or none of that (go test -run Matrix -args -matrix; Linux 6.18, 2
-// CPUs). A hang is a round over 64 pages that takes more than 4 s:
+// in each read, or none of that (Linux 6.18, 2 CPUs; docs/deadlocks.md has every
+// cell, and the command that makes it). A hang is a round over 64 pages that takes
+// more than 4 s:
 //
 //	                                            handler goroutine   lazymem
 //	GOMAXPROCS                                  1      2      4     1, 2, 4

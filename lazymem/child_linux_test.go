@@ -4,9 +4,11 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"iter"
 	"os"
 	"os/exec"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -36,6 +38,7 @@ func TestHazards(t *testing.T) {
 	const elsewhere, locked = "unexpected fault address", "unexpected signal during runtime execution"
 	for hazard, message := range map[string]string{
 		"goroutine":        elsewhere,
+		"iter.Pull":        elsewhere,
 		"kept":             elsewhere,
 		"kept after Close": elsewhere,
 		"println":          locked,
@@ -61,6 +64,14 @@ func hazardChild() error {
 			var group sync.WaitGroup
 			group.Go(func() { sink = mem[0] })
 			group.Wait()
+			fmt.Println("survived")
+			return nil
+		})
+	case "iter.Pull":
+		m.Do(func(mem []byte) error {
+			next, stop := iter.Pull(slices.Values(mem))
+			defer stop()
+			sink, _ = next()
 			fmt.Println("survived")
 			return nil
 		})

@@ -191,6 +191,91 @@ func TestSwallowed(t *testing.T) {
 	}
 }
 
+// A fault in the memory before Do is none of its business.
+func TestFaultBefore(t *testing.T) {
+	m := open(t, counted(pattern(1<<20)), nil)
+	var kept []byte
+	if err := m.Do(func(mem []byte) error { kept = mem; return nil }); err != nil {
+		t.Fatal(err)
+	}
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	if caught(func() { sink = kept[0] }) == nil {
+		t.Fatal("the slice of Do was good after it")
+	}
+	if err := m.Do(func([]byte) error { return nil }); err != nil {
+		t.Errorf("Do = %v", err)
+	}
+}
+
+// What Do cannot protect from, and does not find out either, is as the package's
+// documentation says.
+func TestUnprotected(t *testing.T) {
+	// A lock that is not released by defer is still held in the second run.
+	m := open(t, counted(pattern(1<<20)), nil)
+	var mu sync.Mutex
+	locked := errors.New("locked")
+	add := func(mem []byte) error {
+		if !mu.TryLock() {
+			return locked
+		}
+		sink += mem[0]
+		mu.Unlock()
+		return nil
+	}
+	if err := m.Do(add); err != locked {
+		t.Errorf("Do with a lock that a fault left locked = %v", err)
+	}
+	mu.Unlock()
+	if err := m.Do(add); err != nil { // the page is there now
+		t.Error(err)
+	}
+	if err := m.Discard(0, m.Size()); err != nil {
+		t.Fatal(err)
+	}
+	err := m.Do(func(mem []byte) error {
+		if !mu.TryLock() {
+			return locked
+		}
+		defer mu.Unlock()
+		sink += mem[0]
+		return nil
+	})
+	if err != nil {
+		t.Errorf("Do with a lock and defer = %v", err)
+	}
+
+	// A sync.Once does not run again.
+	if err := m.Discard(0, m.Size()); err != nil {
+		t.Fatal(err)
+	}
+	var once sync.Once
+	done := false
+	err = m.Do(func(mem []byte) error {
+		once.Do(func() {
+			sink = mem[0]
+			done = true
+		})
+		return nil
+	})
+	if err != nil || done {
+		t.Errorf("Do with a sync.Once = %v, done: %t", err, done)
+	}
+
+	// A fault elsewhere hides one that was swallowed before it.
+	if err := m.Discard(0, m.Size()); err != nil {
+		t.Fatal(err)
+	}
+	var nilPointer *[100]byte
+	err = m.Do(func(mem []byte) error {
+		caught(func() { sink = mem[0] })
+		caught(func() { sink = nilPointer[5] })
+		return nil
+	})
+	if err != nil {
+		t.Errorf("Do = %v: then the documentation can promise more", err)
+	}
+}
+
 // A recover that panics again does not hide a fault.
 func TestPanicAgain(t *testing.T) {
 	data := pattern(1 << 20)
@@ -270,11 +355,12 @@ type hideZeros struct{ source.Source }
 
 func TestClose(t *testing.T) {
 	g := newGate(counted(pattern(1 << 20)))
-	m, err := lazymem.New(g, nil)
+	m, err := lazymem.New(g, &lazymem.Config{Shared: true})
 	if err != nil {
 		t.Fatal(err)
 	}
-	// One goroutine waits for the source, one for the other, one is inside.
+	// One goroutine waits for the source, one for the other, one is inside, one
+	// populates under a context of its own.
 	errs := make(chan error)
 	touch := func() {
 		errs <- m.Do(func(mem []byte) error { sink = mem[0]; return nil })
@@ -292,13 +378,15 @@ func TestClose(t *testing.T) {
 		})
 	}()
 	<-in
+	go func() { errs <- m.Populate(context.Background(), 600_000, 10, nil) }()
+	<-g.entered
 	if err := m.Close(); err != nil {
 		t.Errorf("Close = %v", err)
 	}
 	close(out)
-	for range 3 {
+	for range 4 {
 		if err := <-errs; !errors.Is(err, os.ErrClosed) {
-			t.Errorf("Do that was under way = %v, want ErrClosed", err)
+			t.Errorf("a call that was under way = %v, want ErrClosed", err)
 		}
 	}
 	if len(g.entered) > 0 {
@@ -308,14 +396,22 @@ func TestClose(t *testing.T) {
 	_, readErr := m.ReadAt(p, 0)
 	_, writeErr := m.WriteAt(p, 0)
 	_, bytesErr := m.Bytes()
+	_, fileErr := m.File()
+	_, nothingErr := m.ReadAt(nil, 0)
 	for name, err := range map[string]error{
 		"ReadAt":   readErr,
 		"WriteAt":  writeErr,
 		"Bytes":    bytesErr,
+		"File":     fileErr,
 		"Do":       m.Do(func([]byte) error { return nil }),
 		"Populate": m.Populate(t.Context(), 0, 10, nil),
 		"Discard":  m.Discard(0, m.Size()),
 		"Close":    m.Close(),
+
+		// Nor does what would have nothing to do succeed.
+		"ReadAt of nothing":   nothingErr,
+		"Populate of nothing": m.Populate(t.Context(), 0, 0, nil),
+		"Discard of nothing":  m.Discard(0, 1),
 	} {
 		if !errors.Is(err, os.ErrClosed) {
 			t.Errorf("%s after Close = %v", name, err)

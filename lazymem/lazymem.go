@@ -136,8 +136,9 @@
 // be stopped in assembly code (see package uffd). What that means was measured
 // with 16 goroutines that fault in all sorts of code, while one goroutine runs
 // the collector in a loop, or runtime.ReadMemStats, or the source allocates 2 MiB
-// in each read, or none of that (go test -run Matrix -args -matrix; Linux 6.18, 2
-// CPUs). A hang is a round over 64 pages that takes more than 4 s:
+// in each read, or none of that (Linux 6.18, 2 CPUs; docs/deadlocks.md has every
+// cell, and the command that makes it). A hang is a round over 64 pages that takes
+// more than 4 s:
 //
 //	                                            handler goroutine   lazymem
 //	GOMAXPROCS                                  1      2      4     1, 2, 4
@@ -285,7 +286,8 @@ var (
 //
 // Errors: [*uffd.OpenError] if no userfaultfd can be opened;
 // [*uffd.FeatureError] before Linux 4.14; ENOMEM if there is no address space or
-// are no huge pages; EINVAL if the kernel does not have this page size;
+// are no huge pages; EINVAL if the kernel does not have this page size, ENODEV
+// if the memory is shared;
 // [errors.ErrUnsupported] outside of Linux, and with a release of Go whose runtime
 // hides where a goroutine has faulted, which finding swallowed faults depends on.
 func New(src source.Source, c *Config) (*Memory, error) {
@@ -588,6 +590,9 @@ func (m *Memory) Discard(off, length int64) error {
 
 // span returns the pages that the range lies in.
 func (m *Memory) span(off, length int64) (first, last int, err error) {
+	if m.closed.Load() {
+		return 0, 0, os.ErrClosed
+	}
 	if off < 0 || length < 0 || off > m.Size() || length > m.Size()-off {
 		return 0, 0, fmt.Errorf("lazymem: the %d bytes at %d do not lie within the memory's %d", length, off, m.size)
 	}

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -121,6 +122,50 @@ func TestConfigErrors(t *testing.T) {
 			t.Errorf("New of %d bytes succeeded", size)
 		}
 	}
+}
+
+// What the kernel refuses is an error by name, and no descriptor is left behind
+// then, or by Close.
+func TestNewFails(t *testing.T) {
+	open(t, source.Zero(1), nil).Close() // what is opened once stays
+	before := descriptors(t)
+	huge := int64(uffdtest.HugePageSize())
+	for _, test := range []struct {
+		config lazymem.Config
+		size   int64
+		want   error
+	}{
+		{lazymem.Config{PageSize: 2 * pageSize}, 1, unix.EINVAL}, // no kernel has these
+		{lazymem.Config{PageSize: 2 * pageSize, Shared: true}, 1, unix.ENODEV},
+		{lazymem.Config{PageSize: int(huge)}, huge << 20, unix.ENOMEM},
+		{lazymem.Config{PageSize: int(huge), Shared: true}, huge << 20, unix.ENOMEM},
+		{lazymem.Config{}, 1, nil},
+		{lazymem.Config{Shared: true}, 1, nil},
+	} {
+		if test.config.PageSize != 0 && huge == 0 || test.size > math.MaxInt {
+			continue
+		}
+		m, err := lazymem.New(source.Zero(test.size), &test.config)
+		if err == nil {
+			err = m.Close()
+		}
+		if !errors.Is(err, test.want) {
+			t.Errorf("New of %d bytes with %+v: %v, want %v", test.size, test.config, err, test.want)
+		}
+	}
+	if after := descriptors(t); after != before {
+		t.Errorf("%d descriptors are open, %d were before", after, before)
+	}
+}
+
+// descriptors returns how many the process has open.
+func descriptors(t *testing.T) int {
+	t.Helper()
+	list, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(list)
 }
 
 func TestDoAs(t *testing.T) {
@@ -278,11 +323,9 @@ func TestSharedError(t *testing.T) {
 	g := newGate(src)
 	m := open(t, g, &lazymem.Config{Window: 1})
 	var group sync.WaitGroup
-	var running atomic.Int64
 	for range 16 {
 		group.Go(func() {
 			err := m.Do(func(mem []byte) error {
-				running.Add(1)
 				sink = mem[0]
 				return nil
 			})
@@ -291,13 +334,10 @@ func TestSharedError(t *testing.T) {
 			}
 		})
 	}
-	for running.Load() < 16 {
-		time.Sleep(time.Millisecond)
-	}
-	time.Sleep(10 * time.Millisecond) // let them get from their faults to waiting
+	awaitWaiting(t, m, 15)
 	close(g.open)
 	group.Wait()
-	if n := len(src.at); n == 0 || n == 16 {
+	if n := len(src.at); n != 1 {
 		t.Errorf("%d reads for 16 goroutines", n)
 	}
 }
@@ -305,15 +345,20 @@ func TestSharedError(t *testing.T) {
 var sink byte
 
 // short is a source that has less than it says.
-type short struct{ source.Source }
+type short struct {
+	source.Source
+	lacking int64
+}
 
-func (s short) Size() int64 { return 10 * s.Source.Size() }
+func (s short) Size() int64 { return s.Source.Size() + s.lacking }
 
 func TestShortSource(t *testing.T) {
-	m := open(t, short{source.FromReaderAt(bytes.NewReader(pattern(100)), 100)}, nil)
-	p := make([]byte, 10)
-	if n, err := m.ReadAt(p, 200); n != 0 || !errors.Is(err, io.ErrUnexpectedEOF) {
-		t.Errorf("ReadAt = %d, %v; want 0, ErrUnexpectedEOF", n, err)
+	for _, lacking := range []int64{1, 900} {
+		m := open(t, short{source.FromReaderAt(bytes.NewReader(pattern(100)), 100), lacking}, nil)
+		p := make([]byte, 10)
+		if n, err := m.ReadAt(p, 99+lacking-9); n != 0 || !errors.Is(err, io.ErrUnexpectedEOF) {
+			t.Errorf("ReadAt with %d bytes lacking = %d, %v; want 0, ErrUnexpectedEOF", lacking, n, err)
+		}
 	}
 }
 
@@ -342,14 +387,19 @@ func TestTruncatedFile(t *testing.T) {
 	}
 }
 
-// sparse is a source whose second half is zeros, and must not be read.
+// sparse is a source whose second half is zeros, said in two ways, and must not be
+// read.
 type sparse struct{ *countingSource }
 
 func (s sparse) Run(off int64) (source.Kind, int64) {
-	if half := s.Size() / 2; off < half {
+	half, most := s.Size()/2, s.Size()*3/4
+	switch {
+	case off < half:
 		return source.Data, half - off
+	case off < most:
+		return source.Zeros, most - off
 	}
-	return source.Zeros, s.Size() - off
+	return source.Hole, s.Size() - off
 }
 
 func TestZeros(t *testing.T) {
@@ -366,7 +416,7 @@ func TestZeros(t *testing.T) {
 		if err != nil || !bytes.Equal(mem, data) {
 			t.Errorf("wrong contents, %v", err)
 		}
-		if n := src.bytes.Load(); c.PageSize == 0 && n > int64(half+2*pageSize) {
+		if n := src.bytes.Load(); c.PageSize == 0 && n > int64(half+4*pageSize) {
 			t.Errorf("%d bytes read, more than the data", n)
 		}
 	})
@@ -376,7 +426,7 @@ func TestReadAhead(t *testing.T) {
 	data := pattern(16 << 20)
 	src := counted(data)
 	m := open(t, src, nil)
-	runs, at := 0, len(data)/2
+	runs, at := 0, 6<<20
 	got := -1
 	copy(data[at:], "needle 7!")
 	err := m.Do(func(mem []byte) error {
@@ -390,8 +440,8 @@ func TestReadAhead(t *testing.T) {
 	if runs > 10 {
 		t.Errorf("%d runs for %d MiB", runs, at>>20)
 	}
-	if n := src.bytes.Load(); n > int64(len(data)) {
-		t.Errorf("%d bytes read", n)
+	if n := src.bytes.Load(); n > int64(2*at+(64<<10)) {
+		t.Errorf("%d bytes read, more than twice what was looked at", n)
 	}
 	// Jumping around reads a window each.
 	src = counted(data)
@@ -407,6 +457,22 @@ func TestReadAhead(t *testing.T) {
 	}
 	if n := src.bytes.Load(); n != 3*64<<10 {
 		t.Errorf("%d bytes read, want 3 windows", n)
+	}
+	// Also forwards, in one call.
+	src = counted(data)
+	m = open(t, src, nil)
+	err = m.Do(func(mem []byte) error {
+		sink = mem[0] + mem[1<<20] + mem[2<<20] + mem[3<<20]
+		return nil
+	})
+	if n := src.bytes.Load(); err != nil || n != 4*64<<10 {
+		t.Errorf("%d bytes read, want 4 windows; %v", n, err)
+	}
+	// A window can be larger than the memory.
+	src = counted(data)
+	m = open(t, src, &lazymem.Config{Window: math.MaxInt})
+	if _, err := m.ReadAt(make([]byte, 1), m.Size()/2); err != nil || src.reads.Load() != 1 || src.bytes.Load() != m.Size() {
+		t.Errorf("%d bytes in %d reads, want all in one; %v", src.bytes.Load(), src.reads.Load(), err)
 	}
 }
 
@@ -511,6 +577,9 @@ func TestDiscard(t *testing.T) {
 		}
 		data := pattern(2*size + size/2)
 		m := open(t, counted(data), &c)
+		if err := m.Discard(0, m.Size()); err != nil { // nothing is there
+			t.Fatal(err)
+		}
 		if err := m.Populate(t.Context(), 0, m.Size(), nil); err != nil {
 			t.Fatal(err)
 		}
@@ -550,6 +619,9 @@ func TestDiscard(t *testing.T) {
 			if got := changed(); got != step.want {
 				t.Errorf("after Discard of [%d, %d): %s, want %s", step.off, step.end, got, step.want)
 			}
+		}
+		if mem, err := m.Bytes(); err != nil || !bytes.Equal(mem, data) {
+			t.Errorf("Bytes: wrong contents, or %v", err)
 		}
 	})
 }
@@ -658,6 +730,9 @@ func TestFile(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer f.Close()
+	if err := m.Discard(0, m.Size()); err == nil {
+		t.Error("Discard after File succeeded")
+	}
 	m.Close() // the file stays
 	got := make([]byte, len(data))
 	if _, err := f.ReadAt(got, 0); err != nil || !bytes.Equal(got, data) {
@@ -667,8 +742,13 @@ func TestFile(t *testing.T) {
 	if n, _ := f.ReadAt(rest, m.Size()); n == 0 || !bytes.Equal(rest, make([]byte, pageSize)) {
 		t.Errorf("behind the end are not zeros, or nothing: %d bytes", n)
 	}
-	if err := f.Truncate(0); err == nil {
-		t.Error("the file can be truncated")
+	for _, size := range []int64{0, 2 << 20} {
+		if err := f.Truncate(size); err == nil {
+			t.Errorf("the file's size can be made %d", size)
+		}
+	}
+	if flags, err := unix.FcntlInt(f.Fd(), unix.F_GETFD, 0); err != nil || flags&unix.FD_CLOEXEC == 0 {
+		t.Errorf("the file would go to other programs: %#x, %v", flags, err)
 	}
 	if _, err := open(t, counted(data), nil).File(); err == nil {
 		t.Error("File of private memory succeeded")
@@ -714,6 +794,33 @@ func TestNotForked(t *testing.T) {
 		return nil
 	})
 	runtime.KeepAlive(m)
+}
+
+// No other program gets the descriptors.
+func TestCloseOnExec(t *testing.T) {
+	open(t, source.Zero(1), &lazymem.Config{Shared: true})
+	list, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ours := 0
+	for _, entry := range list {
+		link, _ := os.Readlink("/proc/self/fd/" + entry.Name())
+		if !strings.Contains(link, "memfd:lazymem") && !strings.Contains(link, "[userfaultfd]") {
+			continue
+		}
+		ours++
+		fd, err := strconv.Atoi(entry.Name())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0); err != nil || flags&unix.FD_CLOEXEC == 0 {
+			t.Errorf("%s: %#x, %v", link, flags, err)
+		}
+	}
+	if ours < 2 {
+		t.Errorf("%d descriptors found, want 2", ours)
+	}
 }
 
 // Memory can be larger than the machine has: most of it may never be touched.

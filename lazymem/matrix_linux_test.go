@@ -33,8 +33,8 @@ import (
 // code, at several GOMAXPROCS, while the world is stopped over and over. Each
 // cell is a process of its own, because a hang cannot be ended otherwise.
 
-var fullMatrix = flag.Bool("matrix", false,
-	"TestMatrix: run all of it, with a handler goroutine for comparison, and print the tables (takes minutes)")
+var matrixPage = flag.String("matrix", "",
+	"TestMatrix: run all of it, with a handler goroutine for comparison, and write the table to this `file` (takes minutes)")
 
 // A cell is what one child does.
 type cell struct {
@@ -311,12 +311,13 @@ func (c cell) run(patience time.Duration) (reads string, err error) {
 var errHang = errors.New("hang")
 
 func TestMatrix(t *testing.T) {
+	full := *matrixPage != ""
 	rounds, off := 2, []bool{false}
-	if *fullMatrix {
+	if full {
 		rounds, off = 30, []bool{false, true}
 	}
 	for _, noSignal := range off {
-		for _, procs := range []int{1, 2, 4} {
+		for _, procs := range matrixProcs {
 			for _, pressure := range pressures {
 				c := cell{Engine: "lazymem", Procs: procs, Pressure: pressure, Rounds: rounds, NoSignal: noSignal}
 				reads, err := c.run(uffdtest.Patience)
@@ -327,29 +328,71 @@ func TestMatrix(t *testing.T) {
 			}
 		}
 	}
-	if *fullMatrix {
-		compare(t)
+	if !full {
+		return
+	}
+	table := compare(t)
+	if t.Failed() {
+		return // the page would not be true
+	}
+	major, minor := uffdtest.Kernel()
+	page := fmt.Sprintf(matrixText, major, minor, runtime.GOARCH, runtime.NumCPU(), runtime.Version(),
+		matrixWorkers, matrixPages, comparePatience, compareRounds, rounds, table)
+	if err := os.WriteFile(*matrixPage, []byte(page), 0o644); err != nil {
+		t.Fatal(err)
 	}
 }
 
-// compare prints which cells hang with a handler goroutine.
-func compare(t *testing.T) {
+var matrixProcs = []int{1, 2, 4}
+
+const (
+	compareRounds   = 10
+	comparePatience = 4 * time.Second
+)
+
+// matrixText is the page that has the table.
+const matrixText = `# Deadlocks
+
+What becomes of a process that touches memory which it fills itself. Made by
+
+    go test ./lazymem -run '^TestMatrix$' -timeout 30m -args -matrix ../docs/deadlocks.md
+
+on Linux %d.%d, %s, %d CPUs, with %s. In each cell %d goroutines at once go through %d missing pages, in the
+code that is named on the left, with a GOMAXPROCS of 1, 2 or 4, while
+
+- none: nothing else happens,
+- gc: a goroutine runs the collector in a loop,
+- stw: a goroutine stops the world in a loop, by runtime.ReadMemStats,
+- alloc: the source allocates 2 MiB in each read.
+
+A hang is one of %[9]d rounds that takes more than %[8]s.
+
+With package lazymem: every cell is ok, in %[10]d rounds each, and again with GODEBUG=asyncpreemptoff=1.
+
+With a handler goroutine in the same process, which waits in Go's poller:
+
+%[11]s`
+
+// compare returns a table of which cells hang with a handler goroutine.
+func compare(t *testing.T) string {
 	uffdtest.RequireUserFaults(t)
-	const patience = 4 * time.Second
-	var table strings.Builder
-	table.WriteString("\n| access |")
-	for _, procs := range []int{1, 2, 4} {
+	var table, rule strings.Builder
+	table.WriteString("| |")
+	rule.WriteString("|---|")
+	for _, procs := range matrixProcs {
 		for _, pressure := range pressures {
 			fmt.Fprintf(&table, " %d %s |", procs, pressure)
+			rule.WriteString("---|")
 		}
 	}
+	fmt.Fprintf(&table, "\n%s\n", &rule)
 	hangs := 0
 	for _, a := range accesses {
-		fmt.Fprintf(&table, "\n| %s |", a.name)
-		for _, procs := range []int{1, 2, 4} {
+		fmt.Fprintf(&table, "| %s |", a.name)
+		for _, procs := range matrixProcs {
 			for _, pressure := range pressures {
-				c := cell{Engine: "messages", Procs: procs, Pressure: pressure, Access: a.name, Rounds: 10}
-				switch _, err := c.run(patience); {
+				c := cell{Engine: "messages", Procs: procs, Pressure: pressure, Access: a.name, Rounds: compareRounds}
+				switch _, err := c.run(comparePatience); {
 				case errors.Is(err, errHang):
 					table.WriteString(" hang |")
 					hangs++
@@ -360,9 +403,10 @@ func compare(t *testing.T) {
 				}
 			}
 		}
+		table.WriteString("\n")
 	}
-	t.Log(table.String())
 	if hangs == 0 {
 		t.Error("no hang with a handler goroutine: the matrix would not notice one")
 	}
+	return table.String()
 }

@@ -32,7 +32,7 @@ func (c *Client) resolve(p pending) (over bool) {
 	} else {
 		err = c.provide(r, i, p)
 	}
-	return c.settle(r, r.page(i), p, err)
+	return err == nil || c.settle(r, r.page(i), p, err)
 }
 
 var systemPage = uffd.Addr(os.Getpagesize())
@@ -171,8 +171,8 @@ func (c *Client) provide(r *region, i uint64, p pending) error {
 		return c.mapAgain(r, i)
 	}
 	limit := c.aroundPages(r.pageSize)
-	if recorder != nil {
-		limit = 1
+	if limit == 1 || recorder != nil {
+		return c.provideFromSource(r, i, i, 1, p)
 	}
 	r.touched(i, limit)
 	first, n := r.window(i, limit)
@@ -203,7 +203,7 @@ func (c *Client) provideFromSource(r *region, i, first, n uint64, p pending) err
 		return c.fillZeros(r, first, n, w)
 	}
 	lentErr, err := c.fillLent(r, first, n, w)
-	if lentErr == nil && !errors.Is(err, syscall.EFAULT) {
+	if lentErr == nil && (err == nil || !errors.Is(err, syscall.EFAULT)) {
 		return err
 	}
 	// The source has to be read, also if what it lent could not be: then
@@ -217,9 +217,22 @@ func (r *region) zeros(first, n uint64) bool {
 	if r.source == nil {
 		return true
 	}
-	kind, length := source.RunAt(r.source, r.sourceOffset(first))
-	return kind != source.Data && uint64(length) >= n*r.pageSize
+	off := r.sourceOffset(first)
+	if r.data.holds(off) {
+		return false
+	}
+	kind, length := source.RunAt(r.source, off)
+	if kind == source.Data {
+		r.data = extent{off, off + length}
+		return false
+	}
+	return uint64(length) >= n*r.pageSize
 }
+
+// An extent is a part of a source.
+type extent struct{ start, end int64 }
+
+func (e extent) holds(off int64) bool { return e.start <= off && off < e.end }
 
 // wanted says on whose account pages are installed: page is demanded, others
 // come along; with another origin than demand, all are its.
@@ -270,7 +283,7 @@ func (c *Client) useLent(bytes []byte) error {
 // parent or a child, stays: they may have written to it.
 func (c *Client) fillBytes(r *region, first, n uint64, bytes []byte, w wanted) error {
 	if r.memory == nil {
-		return c.fill(r, first, n, bytes, w)
+		return c.install(r, first, n, opCopy, bytes, w)
 	}
 	file := c.files[r.home]
 	file.mu.Lock()
@@ -474,13 +487,8 @@ func (c *Client) installed(r *region, first, n uint64, op op, w wanted) {
 
 // filled notes that pages are there.
 func (r *region) filled(first, n uint64) {
-	for i := first; i < first+n; i++ {
-		switch r.state(i) {
-		case removed, zeroed, zeroedWoken:
-			r.setState(i, zeroed)
-		default:
-			r.setState(i, present)
-		}
+	for i := r.first + first; n > 0; i, n = i+1, n-1 {
+		r.states.filled(i)
 	}
 }
 

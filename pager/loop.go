@@ -110,10 +110,9 @@ func (c *Client) serve(ctx context.Context) error {
 		if !busy && c.attention(ctx) { // arm may have undone the poke
 			continue
 		}
-		msgs, err := c.readMsgs()
+		err := c.readOn(busy)
 		switch {
 		case err == nil:
-			c.batch(msgs)
 		case errors.Is(err, os.ErrDeadlineExceeded):
 			l.armed = unarmed
 		case errors.Is(err, syscall.EMFILE), errors.Is(err, syscall.ENFILE):
@@ -180,6 +179,29 @@ func (c *Client) arm(busy bool) {
 	}
 }
 
+// readOn handles messages until there is something else to do: poke ends the
+// reading, unless what there is has come of the messages.
+func (c *Client) readOn(busy bool) error {
+	for {
+		msgs, err := c.readMsgs()
+		if err != nil {
+			return err
+		}
+		c.batch(msgs)
+		if c.ledger != nil {
+			c.ledger.clear()
+		}
+		if busy || c.loop.hasWork() || c.gone.Load() {
+			return nil
+		}
+	}
+}
+
+// hasWork reports whether there is something that work would look at.
+func (l *loop) hasWork() bool {
+	return len(l.done)+len(l.again)+len(l.tasks)+len(l.troubles) > 0
+}
+
 func (c *Client) readMsgs() ([]uffd.Msg, error) {
 	if c.ledger != nil {
 		return c.ledger.read()
@@ -190,9 +212,6 @@ func (c *Client) readMsgs() ([]uffd.Msg, error) {
 
 // batch handles messages that were read together.
 func (c *Client) batch(msgs []uffd.Msg) {
-	if c.ledger != nil {
-		defer c.ledger.clear()
-	}
 	events := 0
 	for i := range msgs {
 		if msgs[i].Event() != uffd.EventPagefault {
@@ -216,24 +235,13 @@ func (c *Client) batch(msgs []uffd.Msg) {
 	begin := read
 	for i := range msgs {
 		if f, ok := msgs[i].Pagefault(); ok {
-			begin = c.fault(pending{f, read}, begin)
+			c.counters.count(f.Flags)
+			begin = c.attempt(pending{f, read}, begin)
 		}
 	}
 }
 
-// fault handles one fault, and returns the time.
-func (c *Client) fault(p pending, begin time.Duration) time.Duration {
-	switch {
-	case p.Flags.Has(uffd.PagefaultWP):
-		c.counters.writeProtected.Add(1)
-	case p.Flags.Has(uffd.PagefaultMinor):
-		c.counters.minor.Add(1)
-	default:
-		c.counters.missing.Add(1)
-	}
-	return c.attempt(p, begin)
-}
-
+// attempt tries to resolve a fault, and returns the time.
 func (c *Client) attempt(p pending, begin time.Duration) time.Duration {
 	over := c.resolve(p)
 	end := now()
@@ -255,7 +263,7 @@ func (c *Client) work() (busy bool) {
 		l.retryAt = 0
 	}
 	ticked := c.ticked.Load() && c.ticked.Swap(false)
-	if len(l.done)+len(l.again)+len(l.troubles)+len(l.tasks) == 0 && !ticked {
+	if !l.hasWork() && !ticked {
 		return false
 	}
 	t := now()

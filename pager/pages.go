@@ -39,7 +39,7 @@ func (p *pages) get(i uint64) state {
 	if c == nil {
 		return absent
 	}
-	return state(c[i%chunkPages/2] >> (i % 2 * 4) & 0xf)
+	return c.get(i % chunkPages)
 }
 
 func (p *pages) set(i uint64, s state) {
@@ -48,11 +48,36 @@ func (p *pages) set(i uint64, s state) {
 		if s == absent {
 			return
 		}
-		c = new(chunk)
-		p.chunks[i/chunkPages] = c
+		c = p.grow(i)
 	}
-	b := &c[i%chunkPages/2]
-	shift := i % 2 * 4
+	c.set(i%chunkPages, s)
+}
+
+// filled notes that page i is there.
+func (p *pages) filled(i uint64) {
+	c := p.chunks[i/chunkPages]
+	if c == nil {
+		c = p.grow(i)
+	}
+	i %= chunkPages
+	switch c.get(i) {
+	case removed, zeroed, zeroedWoken:
+		c.set(i, zeroed)
+	default:
+		c.set(i, present)
+	}
+}
+
+func (p *pages) grow(i uint64) *chunk {
+	c := new(chunk)
+	p.chunks[i/chunkPages] = c
+	return c
+}
+
+func (c *chunk) get(i uint64) state { return state(c[i/2] >> (i % 2 * 4) & 0xf) }
+
+func (c *chunk) set(i uint64, s state) {
+	b, shift := &c[i/2], i%2*4
 	*b = *b&^(0xf<<shift) | uint8(s)<<shift
 }
 

@@ -1,8 +1,6 @@
 package pager
 
 import (
-	"sort"
-
 	"github.com/go-uffd/uffd"
 	"github.com/go-uffd/uffd/source"
 )
@@ -21,6 +19,7 @@ type region struct {
 	states *pages
 	first  uint64 // of states, for Start
 
+	data   extent // of source, not to be asked for again
 	around around
 }
 
@@ -52,7 +51,15 @@ func (rs regions) find(a uffd.Addr) *region {
 
 // after returns the index of the first region that starts behind a.
 func (rs regions) after(a uffd.Addr) int {
-	return sort.Search(len(rs), func(i int) bool { return rs[i].Start > a })
+	low, high := 0, len(rs)
+	for low < high { // as sort.Search, which calls a function for each step
+		if mid := (low + high) / 2; rs[mid].Start > a {
+			high = mid
+		} else {
+			low = mid + 1
+		}
+	}
+	return low
 }
 
 func (rs *regions) insert(r *region) {

@@ -4,6 +4,8 @@ import (
 	"math/bits"
 	"sync/atomic"
 	"time"
+
+	"github.com/go-uffd/uffd"
 )
 
 // Stats are the numbers of a client or of a pager. They make a value of expvar:
@@ -113,6 +115,18 @@ const (
 	populate
 	replay
 )
+
+// count counts a fault.
+func (n *counters) count(flags uffd.PagefaultFlags) {
+	switch {
+	case flags.Has(uffd.PagefaultWP):
+		n.writeProtected.Add(1)
+	case flags.Has(uffd.PagefaultMinor):
+		n.minor.Add(1)
+	default:
+		n.missing.Add(1)
+	}
+}
 
 func (n *counters) load() Stats {
 	return Stats{

@@ -144,8 +144,8 @@
 //	GOMAXPROCS                                  1      2      4     1, 2, 4
 //
 //	copy, bytes.Equal, map, sha256, regexp      hang   hang   hang  ok
-//	slices.Sort, encoding/binary                hang   most   some  ok
-//	                                                   hang   hang
+//	slices.Sort, encoding/binary                hang   hang   some  ok
+//	                                                          hang
 //	plain loads and stores                      hang   most   ok    ok
 //	                                                   hang
 //

@@ -236,6 +236,9 @@ func (c *Client) finish(j *job) (over bool) {
 			return false
 		}
 	}
+	if r.memory != nil {
+		defer c.wakeTwins(j.Range)
+	}
 	if err != nil || j.served != j.Range {
 		// Threads may wait for what is not there: they ask again.
 		c.loop.regions.reset(j.Range)

@@ -115,8 +115,8 @@ func (c *Client) serve(ctx context.Context) error {
 		case err == nil:
 		case errors.Is(err, os.ErrDeadlineExceeded):
 			l.armed = unarmed
-		case errors.Is(err, syscall.EMFILE), errors.Is(err, syscall.ENFILE):
-			c.report(fmt.Errorf("pager: a child waits for a free descriptor: %w", err))
+		case errors.Is(err, syscall.EMFILE), errors.Is(err, syscall.ENFILE), errors.Is(err, syscall.ENOMEM):
+			c.report(fmt.Errorf("pager: a child waits for a free descriptor, or for memory: %w", err))
 			pause(ctx, backoff(troubleMin, 10))
 		default:
 			return err

@@ -512,16 +512,12 @@ func TestTakeOverTorture(t *testing.T) {
 			mem := proc.Map(uffdtest.Anon, pages)
 			register(t, f, mem.Range, uffd.RegisterMissing)
 			plan.Regions = append(plan.Regions, planned{Range: mem.Range, Offset: int64(i * pages * pageSize), FD: -1, Erratic: i%2 == 1})
-			v := &victim{Process: proc, mem: mem, checked: &checked, random: rand.New(rand.NewPCG(random.Uint64(), 0))}
 			room := uint64(1) << 32
 			if strconv.IntSize == 32 {
 				room = 1 << 28
 			}
-			v.room = uffd.Range{Len: room, Start: proc.Mmap(0, room, unix.PROT_NONE,
-				unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_NORESERVE, -1)}
-			for page := range pages {
-				v.model = append(v.model, byte(1+(i*pages+page)%255))
-			}
+			v := newVictim(proc, mem, room, random.Uint64(), &checked)
+			v.expect(i * pages)
 			victims = append(victims, v)
 		}
 		probe := proc.Map(uffdtest.Anon, pages) // touched once a page, after a kill
@@ -574,11 +570,8 @@ func TestTakeOverTorture(t *testing.T) {
 		p := k.start()
 		p.says("serves")
 		for _, v := range victims { // everything, at the end
-			for i, want := range v.model {
-				if n := v.Check(v.mem.Page(i), want).Value(); n != 0 {
-					t.Errorf("page %d of %v: %d bytes are not %d", i, v.mem.Range, n, want)
-				}
-				checked.Add(uint64(pageSize))
+			for i := range v.model {
+				v.check(t, v.mem, i)
 			}
 		}
 		p.end()

@@ -3,6 +3,7 @@ package pager
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"slices"
 	"sync"
@@ -127,15 +128,18 @@ func (f *family) start(c *Client) {
 	ctx := f.ctx
 	go func() {
 		defer f.running.Done()
-		err := c.serve(ctx)
-		f.mu.Lock()
-		defer f.mu.Unlock()
-		if c.gone.Load() {
-			f.leave(c)
-		} else if ctx.Err() == nil { // the others cannot make up for it
-			f.failure = err
-			f.end(err)
-		}
+		err := fmt.Errorf("pager: a source, BeforeWrite or ErrorHook: %w", errGoexit) // unless serve returns
+		defer func() {
+			f.mu.Lock()
+			defer f.mu.Unlock()
+			if c.gone.Load() {
+				f.leave(c)
+			} else if ctx.Err() == nil { // the others cannot make up for it
+				f.failure = err
+				f.end(err)
+			}
+		}()
+		err = c.serve(ctx)
 	}()
 }
 

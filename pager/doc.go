@@ -48,8 +48,10 @@
 // A read that fails is tried again for a while. Then the page is poisoned, which
 // means SIGBUS for whoever touches it, or, where the kernel is older than Linux
 // 6.6, the thread is left waiting; either is reported as a [*PageError]. There are
-// no zeros in place of data, unless [Pager.OnFailure] says so. A panic in a
-// source is a failed read.
+// no zeros in place of data, unless [Pager.OnFailure] says so. A ReadAt that panics,
+// or ends its goroutine ([runtime.Goexit], which is what FailNow of a test does),
+// is a failed read. Other functions of the caller that end the goroutine, such as
+// Borrow, BeforeWrite and ErrorHook, end Serve with an error.
 //
 // # Ahead of the faults
 //

@@ -264,6 +264,59 @@ func TestRemapShared(t *testing.T) {
 	s.noErrors(t)
 }
 
+// While a page of shared memory is read for one place where it is mapped, a thread
+// asks for it at the other one, and gets it, too; or it is discarded there, and reads
+// zeros at both.
+func TestRemapSharedReads(t *testing.T) {
+	uffdtest.RequireKernel(t, 5, 13, "MREMAP_DONTUNMAP of shared memory")
+	uffdtest.Require(t, uffd.FeatureMinorShmem)
+	const pages = 4
+	for _, discard := range []bool{false, true} {
+		t.Run(map[bool]string{false: "both", true: "discarded"}[discard], func(t *testing.T) {
+			proc := uffdtest.Start(t)
+			mem := proc.Map(uffdtest.Shmem, pages)
+			f := proc.Open(events)
+			register(t, f, mem.Range, uffd.RegisterMissing|uffd.RegisterMinor)
+			gate := make(chan struct{})
+			r := region(mem, slow{source.FromBytes(image(mem.Kind, pages)), map[int64]chan struct{}{0: gate}})
+			r.Memory = attachMemory(t, proc, mem)
+			s := serve(t, proc, f, new(pager.Pager), r)
+			moved := mem
+			moved.Start = uffd.Addr(s.Mremap(mem.Range, mem.Len, unix.MREMAP_MAYMOVE|unix.MREMAP_DONTUNMAP, 0).Value())
+			populated := make(chan error, 1)
+			go func() { populated <- s.client.Populate(t.Context(), nil, moved.Range) }()
+			eventually(t, "the source is read", func() bool { return s.client.Stats().Reads == 1 })
+			loads := []*uffdtest.Call{s.Load(moved.Page(1).Start)}
+			if !discard {
+				loads = append(loads, s.Load(mem.Page(1).Start))
+			}
+			eventually(t, "all faults are read", func() bool {
+				unread, waiting := waitingFaults(t, f)
+				return unread == 0 && waiting == len(loads)
+			})
+			want := uint64(2)
+			if discard {
+				s.Madvise(mem.Page(1), unix.MADV_REMOVE).Value()
+				want = 0
+			}
+			close(gate)
+			for _, load := range loads {
+				if b := load.Value(); b != want {
+					t.Errorf("loaded %d, want %d", b, want)
+				}
+			}
+			if err := <-populated; err != nil {
+				t.Error(err)
+			}
+			for i, b := range []byte{1, byte(want), 3, 4} {
+				s.holds(t, mem, i, b)
+				s.holds(t, moved, i, b)
+			}
+			s.noErrors(t)
+		})
+	}
+}
+
 // Memory that has grown reads zeros, in place and after a move, if the pager is
 // told so.
 func TestGrow(t *testing.T) {

@@ -188,6 +188,11 @@ func (c *Client) provide(r *region, i uint64, p pending) error {
 // mapAgain maps a page that the memory's file has. If it has left the file since
 // the fault, the thread asks again, and says so then.
 func (c *Client) mapAgain(r *region, i uint64) error {
+	if r.memory != nil { // it may be taken back
+		file := c.files[r.home]
+		file.mu.Lock()
+		defer file.mu.Unlock()
+	}
 	err := c.fill(r, i, 1, nil, wanted{i, demand})
 	if errors.Is(err, syscall.EFAULT) {
 		return c.file.Wake(r.page(i))
@@ -303,7 +308,9 @@ func (c *Client) fillBytes(r *region, first, n uint64, bytes []byte, w wanted) e
 			if bytes != nil {
 				part = bytes[:k*r.pageSize]
 			}
-			err = c.writeMemory(r, first, k, part, w)
+			if err = c.writeMemory(r, first, k, part, w); errors.Is(err, uffd.ErrGone) {
+				c.takeBack(r, first, k)
+			}
 		}
 		if err != nil {
 			return err
@@ -323,6 +330,16 @@ func (c *Client) writeMemory(r *region, first, n uint64, bytes []byte, w wanted)
 	}
 	c.files[r.home].add(r, first, n)
 	return c.mapMemory(r, first, n, w)
+}
+
+// takeBack leaves n pages as they were before they were written for a process that
+// is gone. The others may have discarded them since it went.
+func (c *Client) takeBack(r *region, first, n uint64) {
+	for i := first; i < first+n; i++ {
+		if s := r.state(i); s != present && s != zeroed && discard(r.memoryAt(i, 1)) == nil {
+			c.files[r.home].drop(r, i)
+		}
+	}
 }
 
 // mapMemory maps n pages that are written.

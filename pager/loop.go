@@ -115,8 +115,8 @@ func (c *Client) serve(ctx context.Context) error {
 		case err == nil:
 		case errors.Is(err, os.ErrDeadlineExceeded):
 			l.armed = unarmed
-		case errors.Is(err, syscall.EMFILE), errors.Is(err, syscall.ENFILE):
-			c.report(fmt.Errorf("pager: a child waits for a free descriptor: %w", err))
+		case errors.Is(err, syscall.EMFILE), errors.Is(err, syscall.ENFILE), errors.Is(err, syscall.ENOMEM):
+			c.report(fmt.Errorf("pager: a child waits for a free descriptor, or for memory: %w", err))
 			pause(ctx, backoff(troubleMin, 10))
 		default:
 			return err
@@ -348,6 +348,7 @@ func (c *Client) event(m *uffd.Msg) {
 		c.counters.removes.Add(1)
 		if r, ok := m.Remove(); ok {
 			c.outdate(r)
+			l.regions.twins(r, c.outdate)
 		}
 	case uffd.EventUnmap:
 		c.counters.unmaps.Add(1)
@@ -403,7 +404,17 @@ func (c *Client) drop(j *job) {
 	j.outdated = true
 	c.counters.discarded.Add(j.Len / j.pageSize)
 	c.loop.regions.reset(j.Range)
-	c.file.Wake(j.Range)
+	c.wake(j.Range)
+}
+
+// wake wakes who waits for pages in r, wherever they are mapped.
+func (c *Client) wake(r uffd.Range) {
+	c.file.Wake(r)
+	c.wakeTwins(r)
+}
+
+func (c *Client) wakeTwins(r uffd.Range) {
+	c.loop.regions.twins(r, func(twin uffd.Range) { c.file.Wake(twin) })
 }
 
 // abandon leaves everything as another server has to find it.

@@ -108,6 +108,8 @@ func (f *sharedFile) add(r *region, first, n uint64) {
 	}
 }
 
+func (f *sharedFile) drop(r *region, i uint64) { f.written.set(r.first+i, absent) }
+
 // adopt takes note of the pages that another pager has written.
 func (f *sharedFile) adopt(states *pages, n uint64) {
 	for i := range n {

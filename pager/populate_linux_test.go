@@ -248,3 +248,30 @@ func TestPopulateChild(t *testing.T) {
 		})
 	}
 }
+
+// A child that is gone, although nobody has noticed yet, does not bring shared
+// memory back which its parent has discarded since.
+func TestPopulateGoneChild(t *testing.T) {
+	uffdtest.RequireEventFork(t)
+	uffdtest.Require(t, uffd.FeatureMinorShmem)
+	const pages = 8
+	proc := uffdtest.Start(t)
+	mem := proc.Map(uffdtest.Shmem, pages)
+	f := proc.Open(events)
+	register(t, f, mem.Range, uffd.RegisterMissing|uffd.RegisterMinor)
+	r := region(mem, source.FromBytes(image(mem.Kind, pages)))
+	r.Memory = attachMemory(t, proc, mem)
+	s := serve(t, proc, f, &pager.Pager{FaultAround: 1}, r)
+	if _, err := s.Fork(uffdtest.Step{Op: uffdtest.StepLoad, Args: [6]uint64{uint64(mem.Start)}}).Result(); err != nil {
+		t.Fatal(err)
+	}
+	s.Madvise(mem.Page(1), unix.MADV_REMOVE).Value()
+	s.Madvise(mem.Page(3), unix.MADV_REMOVE).Value()
+	if err := s.client.Populate(t.Context(), nil); err != nil {
+		t.Fatal(err)
+	}
+	for i, b := range []byte{1, 0, 3, 0, 5, 6, 7, 8} {
+		s.holds(t, mem, i, b)
+	}
+	s.noErrors(t)
+}

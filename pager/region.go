@@ -178,6 +178,27 @@ func (rs *regions) remap(m uffd.Remap) {
 	}
 }
 
+// twins calls f with where else pages of r are mapped: MREMAP_DONTUNMAP leaves
+// shared memory at two places, which have the states of the pages in common.
+func (rs regions) twins(r uffd.Range, f func(uffd.Range)) {
+	for _, part := range rs {
+		if part.memory == nil || !overlap(part.Range, r) {
+			continue
+		}
+		first := part.first + part.index(max(part.Start, r.Start))
+		end := part.first + part.index(min(part.End(), r.End())-1) + 1
+		for _, other := range rs {
+			if other == part || other.states != part.states {
+				continue
+			}
+			from, to := max(first, other.first), min(end, other.first+other.pages())
+			if from < to {
+				f(other.span(from-other.first, to-from))
+			}
+		}
+	}
+}
+
 // clone is the memory of a child at the time of the fork.
 func (rs regions) clone() regions {
 	states := make(map[*pages]*pages)

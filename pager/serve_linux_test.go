@@ -7,6 +7,8 @@ import (
 	"flag"
 	"os"
 	"path/filepath"
+	"runtime"
+	"strings"
 	"testing"
 	"time"
 
@@ -298,6 +300,12 @@ func TestSourceFails(t *testing.T) {
 		}
 		return nil
 	}
+	exits := func(off int64) error { // what t.Fatal does
+		if off == int64(pageSize) {
+			runtime.Goexit()
+		}
+		return nil
+	}
 	check := func(t *testing.T, s *served, mem uffdtest.Memory, action pager.Failure) {
 		t.Helper()
 		eventually(t, "the failure is reported", func() bool { return len(s.reports()) > 0 })
@@ -311,11 +319,11 @@ func TestSourceFails(t *testing.T) {
 	}
 	t.Run("poison", func(t *testing.T) {
 		uffdtest.Require(t, uffd.FeaturePoison)
-		for name, fails := range map[string]func(int64) error{"error": atPage1(errInjected), "panic": panics} {
+		for name, fails := range map[string]func(int64) error{"error": atPage1(errInjected), "panic": panics, "Goexit": exits} {
 			t.Run(name, func(t *testing.T) {
 				proc := uffdtest.Start(t)
 				mem, f := mapped(t, proc, uffdtest.Anon, pages)
-				s := serve(t, proc, f, &pager.Pager{RetryFor: 10 * time.Millisecond}, region(mem, failing{good, fails}))
+				s := serve(t, proc, f, &pager.Pager{RetryFor: 10 * time.Millisecond, Workers: 1}, region(mem, failing{good, fails}))
 				if _, err := s.Load(mem.Page(1).Start).Result(); err != uffdtest.ErrSigbus {
 					t.Errorf("the access ended with %v, want a signal", err)
 				}
@@ -391,4 +399,55 @@ func TestSourceFails(t *testing.T) {
 		}
 		s.holds(t, mem, 1, 2)
 	})
+}
+
+// A function of the pager's owner that ends the goroutine which serves ends Serve,
+// and that is no success.
+func TestServeGoexit(t *testing.T) {
+	for name, test := range map[string]struct {
+		mode   uffd.RegisterMode
+		change func(*pager.Pager, *pager.Region)
+	}{
+		"Borrow": {uffd.RegisterMissing, func(_ *pager.Pager, r *pager.Region) {
+			r.Source = hooked{source.FromBytes(image(uffdtest.Anon, 1)), func(int) { runtime.Goexit() }}
+		}},
+		"ErrorHook": {uffd.RegisterMissing, func(p *pager.Pager, r *pager.Region) {
+			p.ErrorHook = func(*pager.Client, error) { runtime.Goexit() }
+			r.Source = failing{r.Source, func(int64) error { return errInjected }}
+		}},
+		"BeforeWrite": {uffd.RegisterMissing | uffd.RegisterWP, func(_ *pager.Pager, r *pager.Region) {
+			r.BeforeWrite = func(uffd.Range) { runtime.Goexit() }
+		}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if test.mode.Has(uffd.RegisterWP) {
+				uffdtest.Require(t, uffd.FeaturePagefaultFlagWP)
+			}
+			proc := uffdtest.Start(t)
+			mem := proc.Map(uffdtest.Anon, 1)
+			f := proc.Open(events)
+			register(t, f, mem.Range, test.mode)
+			contents := source.FromBytes(image(uffdtest.Anon, 1))
+			p, r := &pager.Pager{RetryFor: -1}, region(mem, contents)
+			test.change(p, &r)
+			c, err := p.Attach(f, r)
+			if err != nil {
+				t.Fatal(err)
+			}
+			s := &served{client: c}
+			s.start(t)
+			store := proc.Store(mem.Start, 7)
+			if err := s.end(t); err == nil || !strings.Contains(err.Error(), "Goexit") {
+				t.Errorf("Serve = %v", err)
+			}
+			if err := c.Close(); err != nil {
+				t.Fatal(err)
+			}
+			if name == "ErrorHook" { // the page had failed before
+				return
+			}
+			serve(t, proc, f, new(pager.Pager), region(mem, contents)) // nobody is left waiting
+			store.Value()
+		})
+	}
 }

@@ -66,3 +66,6 @@ func OpenPid(pid int) (*os.File, error) {
 }
 
 func closeFD(fd int) { unix.Close(fd) }
+
+// discard makes a hole of shared memory.
+func discard(mem []byte) error { return unix.Madvise(mem, unix.MADV_REMOVE) }

@@ -17,3 +17,5 @@ func closeFD(int) {}
 
 // OpenPid returns a pidfd of a process, for [Client.Watch]. Only Linux has them.
 func OpenPid(pid int) (*os.File, error) { return nil, errors.ErrUnsupported }
+
+func discard([]byte) error { return errors.ErrUnsupported }

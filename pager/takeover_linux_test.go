@@ -38,6 +38,7 @@ type plan struct {
 	Die     bool        // after reading, before anything else
 	Forks   bool        // tell of children that were lost
 	DieAt   uffd.Ioctls // one of them, for which it is killed when it calls it
+	NoRead  bool        // reading messages fails with ENOMEM
 }
 
 type planned struct {
@@ -94,6 +95,10 @@ func servePlan() error {
 			fmt.Println("children lost")
 			return
 		}
+		if plan.NoRead && errors.Is(err, unix.ENOMEM) {
+			fmt.Println("no memory")
+			return
+		}
 		fmt.Fprintln(os.Stderr, "reported:", err)
 		os.Exit(1)
 	}}
@@ -106,6 +111,15 @@ func servePlan() error {
 	}
 	if plan.DieAt != 0 {
 		if err := dieAt(plan.DieAt); err != nil {
+			return err
+		}
+	}
+	if plan.NoRead {
+		if err := filterCalls(
+			unix.SockFilter{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, K: 0},
+			unix.SockFilter{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: unix.SYS_PREADV2, Jf: 1},
+			unix.SockFilter{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ERRNO | uint32(unix.ENOMEM)},
+		); err != nil {
 			return err
 		}
 	}
@@ -133,14 +147,19 @@ func dieAt(call uffd.Ioctls) error {
 	if binary.NativeEndian.Uint16([]byte{0, 1}) == 1 {
 		at += 4
 	}
-	filter := []unix.SockFilter{
-		{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, K: nr},
-		{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: unix.SYS_IOCTL, Jf: 3},
-		{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, K: at},
-		{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: request, Jf: 1},
-		{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_KILL_PROCESS},
-		{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ALLOW},
-	}
+	return filterCalls(
+		unix.SockFilter{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, K: nr},
+		unix.SockFilter{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: unix.SYS_IOCTL, Jf: 3},
+		unix.SockFilter{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, K: at},
+		unix.SockFilter{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: request, Jf: 1},
+		unix.SockFilter{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_KILL_PROCESS},
+	)
+}
+
+// filterCalls has the kernel treat the system calls of this process as a program
+// says, which allows what it runs through.
+func filterCalls(filter ...unix.SockFilter) error {
+	filter = append(filter, unix.SockFilter{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ALLOW})
 	program := unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]}
 	runtime.LockOSThread() // the other threads get both from this one
 	defer runtime.UnlockOSThread()
@@ -304,6 +323,27 @@ func TestTakeOverServesFaults(t *testing.T) {
 	k.start().says("serves")
 	if b := load.Value(); b != 3 {
 		t.Errorf("loaded %d, want 3", b)
+	}
+}
+
+// Reading the event of a fork takes memory: a pager without waits for that, and the
+// next one finds everything.
+func TestReadWithoutMemory(t *testing.T) {
+	uffdtest.RequireFile(t, "/proc/sys/kernel/seccomp/actions_avail", "") // filters
+	proc := uffdtest.Start(t)
+	mem, f := mapped(t, proc, uffdtest.Anon, 2)
+	k := keep(t, f, plan{Regions: []planned{{Range: mem.Range, FD: -1}}, NoRead: true})
+	poor := k.start()
+	poor.says("serves")
+	load := proc.Load(mem.Page(1).Start)
+	for range 3 {
+		poor.says("no memory")
+	}
+	poor.kill()
+	k.plan.NoRead = false
+	k.start().says("serves")
+	if b := load.Value(); b != 2 {
+		t.Errorf("loaded %d, want 2", b)
 	}
 }
 
@@ -472,16 +512,12 @@ func TestTakeOverTorture(t *testing.T) {
 			mem := proc.Map(uffdtest.Anon, pages)
 			register(t, f, mem.Range, uffd.RegisterMissing)
 			plan.Regions = append(plan.Regions, planned{Range: mem.Range, Offset: int64(i * pages * pageSize), FD: -1, Erratic: i%2 == 1})
-			v := &victim{Process: proc, mem: mem, checked: &checked, random: rand.New(rand.NewPCG(random.Uint64(), 0))}
 			room := uint64(1) << 32
 			if strconv.IntSize == 32 {
 				room = 1 << 28
 			}
-			v.room = uffd.Range{Len: room, Start: proc.Mmap(0, room, unix.PROT_NONE,
-				unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_NORESERVE, -1)}
-			for page := range pages {
-				v.model = append(v.model, byte(1+(i*pages+page)%255))
-			}
+			v := newVictim(proc, mem, room, random.Uint64(), &checked)
+			v.expect(i * pages)
 			victims = append(victims, v)
 		}
 		probe := proc.Map(uffdtest.Anon, pages) // touched once a page, after a kill
@@ -534,11 +570,8 @@ func TestTakeOverTorture(t *testing.T) {
 		p := k.start()
 		p.says("serves")
 		for _, v := range victims { // everything, at the end
-			for i, want := range v.model {
-				if n := v.Check(v.mem.Page(i), want).Value(); n != 0 {
-					t.Errorf("page %d of %v: %d bytes are not %d", i, v.mem.Range, n, want)
-				}
-				checked.Add(uint64(pageSize))
+			for i := range v.model {
+				v.check(t, v.mem, i)
 			}
 		}
 		p.end()

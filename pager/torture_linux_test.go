@@ -5,6 +5,7 @@ import (
 	"flag"
 	"math/rand/v2"
 	"os"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -34,8 +35,19 @@ func (s erratic) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
 		time.Sleep(rand.N(3 * time.Millisecond))
 	case 2:
 		panic(errInjected)
+	case 3:
+		runtime.Goexit()
 	}
 	return s.Source.ReadAt(ctx, p, off)
+}
+
+// A modelPage is what the model knows of a page.
+type modelPage struct {
+	source  byte // what the source has
+	holds   byte
+	orZero  bool // or zeros: which of them depends on what nobody can know
+	touched bool // so that the file of shared memory has it for certain
+	clean   bool // not written since it was installed
 }
 
 // A victim is a thread with memory of its own and a model of what is there.
@@ -43,13 +55,52 @@ type victim struct {
 	*uffdtest.Process
 	random  *rand.Rand
 	mem     uffdtest.Memory
-	model   []byte // what each page is full of
+	model   []modelPage
 	checked *atomic.Uint64
 	room    uffd.Range // to move to: no address is used twice
 	forks   bool       // the pager can serve children
+	memory  bool       // the region has Memory
+	written *writes    // calls of BeforeWrite, if the region has that
 }
 
-func (v *victim) span(t testing.TB) (first, n int, r uffd.Range) {
+// writes counts the calls of BeforeWrite for each page.
+type writes struct {
+	mu sync.Mutex
+	n  map[uffd.Addr]int
+}
+
+func (w *writes) count(page uffd.Range) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.n[page.Start]++
+}
+
+func (w *writes) of(page uffd.Range) int {
+	if w == nil {
+		return 0
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.n[page.Start]
+}
+
+func newVictim(proc *uffdtest.Process, mem uffdtest.Memory, room uint64, seed uint64, checked *atomic.Uint64) *victim {
+	v := &victim{Process: proc, mem: mem, checked: checked, random: rand.New(rand.NewPCG(seed, 0))}
+	at := proc.Mmap(0, room, unix.PROT_NONE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_NORESERVE, -1)
+	size := uint64(mem.Kind.PageSize())
+	v.room = uffd.Range{Start: at, Len: room}.Skip(int64(-uint64(at) % size))
+	return v
+}
+
+// expect adds the pages of a source, from page first on, to the model.
+func (v *victim) expect(first int) {
+	for i := range v.mem.Pages() {
+		b := byte(1 + (first+i)%255)
+		v.model = append(v.model, modelPage{source: b, holds: b, clean: true})
+	}
+}
+
+func (v *victim) span() (first, n int, r uffd.Range) {
 	first = v.random.IntN(len(v.model))
 	n = 1 + v.random.IntN(min(8, len(v.model)-first))
 	r = v.mem.Page(first)
@@ -57,61 +108,180 @@ func (v *victim) span(t testing.TB) (first, n int, r uffd.Range) {
 	return first, n, r
 }
 
-func (v *victim) set(first, n int, b byte) {
-	for i := range n {
-		v.model[first+i] = b
+// check compares page i of mem, which is where the victim has its memory or has
+// had it, with the model. It reports false if there is a wrong byte.
+func (v *victim) check(t testing.TB, mem uffdtest.Memory, i int) bool {
+	page, p := mem.Page(i), &v.model[i]
+	if p.orZero && v.Load(page.Start).Value() == 0 {
+		p.holds = 0
 	}
+	p.orZero, p.touched = false, true
+	if wrong := v.Check(page, p.holds).Value(); wrong != 0 {
+		t.Errorf("page %d of %v: %d bytes are not %d but like %d; the source has %d", i, mem.Range, wrong, p.holds, v.Load(page.Start).Value(), p.source)
+		return false
+	}
+	v.checked.Add(page.Len)
+	return true
 }
 
 // step does one thing at random. It reports false if that showed a wrong byte.
 func (v *victim) step(t testing.TB) bool {
-	first, n, r := v.span(t)
+	first, n, r := v.span()
+	pages := v.model[first:][:n]
 	switch op := v.random.IntN(100); {
 	case op < 50:
-		for i := first; i < first+n; i++ {
-			if wrong := v.Check(v.mem.Page(i), v.model[i]).Value(); wrong != 0 {
-				t.Errorf("page %d of %v: %d bytes are not %d but like %d", i, v.mem.Range, wrong, v.model[i],
-					v.Load(v.mem.Page(i).Start).Value())
+		for i := range pages {
+			if !v.check(t, v.mem, first+i) {
 				return false
 			}
-			v.checked.Add(uint64(pageSize))
 		}
 	case op < 65:
-		b := byte(v.random.Uint32())
-		v.Fill(r, b).Value()
-		v.set(first, n, b)
+		return v.fill(t, first, n, byte(v.random.Uint32()))
 	case op < 85:
-		v.Madvise(r, unix.MADV_DONTNEED).Value()
-		v.set(first, n, 0)
+		advice := v.advice(v.mem.Kind.Shared())
+		v.Madvise(r, advice).Value()
+		for i := range pages {
+			switch p := &pages[i]; {
+			case !v.mem.Kind.Shared() || advice == unix.MADV_REMOVE:
+				*p = modelPage{source: p.source, clean: true}
+			case !p.touched: // the kernel does not say that this was not MADV_REMOVE
+				p.orZero = true
+			}
+		}
 	case op < 91 && v.room.Len >= v.mem.Len:
-		to := v.room.Start
-		v.room = v.room.Skip(int64(v.mem.Len))
-		v.mem.Start = uffd.Addr(v.Mremap(v.mem.Range, v.mem.Len, unix.MREMAP_MAYMOVE|unix.MREMAP_FIXED, to).Value())
-	case op < 93 && len(v.model) > 8:
+		return v.move(t)
+	case op < 93 && (len(v.model) > 8 || len(v.model) > 3 && v.mem.Kind.Huge()):
 		last := v.mem.Page(len(v.model) - 1)
 		v.Munmap(last).Value()
 		v.mem.Len -= last.Len
 		v.model = v.model[:len(v.model)-1]
 	case op < 97 && v.forks:
-		at := uint64(r.Start)
-		other := v.random.IntN(len(v.model))
-		results, err := v.Fork(
-			uffdtest.Step{Op: uffdtest.StepCheck, Args: [6]uint64{uint64(v.mem.Page(first).Start), uint64(pageSize), uint64(v.model[first])}},
-			uffdtest.Step{Op: uffdtest.StepMadvise, Args: [6]uint64{at, r.Len, unix.MADV_DONTNEED}},
-			uffdtest.Step{Op: uffdtest.StepCheck, Args: [6]uint64{at, r.Len, 0}},
-			uffdtest.Step{Op: uffdtest.StepStore, Args: [6]uint64{uint64(v.mem.Page(other).Start), 99}},
-		).Result()
-		if err != nil {
-			t.Error(err)
-			return false
-		}
-		if results[1] != 0 || results[3] != 0 {
-			t.Errorf("a child of %v: %d bytes of page %d are not %d, %d of %v are not 0", v.mem.Range, results[1], first, v.model[first], results[3], r)
-			return false
-		}
-		v.checked.Add(uint64(pageSize) + r.Len)
+		return v.fork(t, first, n, r)
 	}
 	return true
+}
+
+// advice returns how to discard memory.
+func (v *victim) advice(remove bool) int {
+	if remove && v.random.IntN(2) == 0 {
+		return unix.MADV_REMOVE
+	}
+	return unix.MADV_DONTNEED
+}
+
+// fill writes b to n pages.
+func (v *victim) fill(t testing.TB, first, n int, b byte) bool {
+	before := make([]int, n)
+	for i := range n {
+		before[i] = v.written.of(v.mem.Page(first + i))
+	}
+	r := v.mem.Page(first)
+	r.Len *= uint64(n)
+	v.Fill(r, b).Value()
+	for i := range n {
+		page, p := v.mem.Page(first+i), &v.model[first+i]
+		if v.written != nil && p.clean && v.written.of(page) == before[i] {
+			t.Errorf("page %d of %v was written without BeforeWrite", first+i, v.mem.Range)
+			return false
+		}
+		*p = modelPage{source: p.source, holds: b, touched: true}
+	}
+	return true
+}
+
+// move moves all memory. Now and then the old place stays mapped for a while:
+// there private memory reads zeros, and shared memory shows its file.
+func (v *victim) move(t testing.TB) bool {
+	major, minor := uffdtest.Kernel()
+	known := !v.mem.Kind.Shared() || v.memory
+	keep := known && !v.mem.Kind.Huge() && (major > 5 || major == 5 && minor >= 13) && v.random.IntN(2) == 0
+	flags := unix.MREMAP_MAYMOVE | unix.MREMAP_FIXED
+	if keep {
+		flags |= unix.MREMAP_DONTUNMAP
+	}
+	old := v.mem
+	v.mem.Start = uffd.Addr(v.Mremap(old.Range, old.Len, flags, v.room.Start).Value())
+	v.room = v.room.Skip(int64(old.Len))
+	if !keep {
+		return true
+	}
+	defer func() { v.Munmap(old.Range).Value() }()
+	if i := v.random.IntN(len(v.model)); v.mem.Kind.Shared() {
+		return v.check(t, old, i)
+	} else if wrong := v.Check(old.Page(i), 0).Value(); wrong != 0 {
+		t.Errorf("page %d of %v, from where all has moved: %d bytes are not 0", i, old.Range, wrong)
+		return false
+	}
+	return true
+}
+
+// fork has a child check a page, discard some, and write to another one.
+func (v *victim) fork(t testing.TB, first, n int, r uffd.Range) bool {
+	shared := v.mem.Kind.Shared()
+	// Without Memory, the parent does not learn what the child has discarded.
+	advice := v.advice(shared && v.memory)
+	if v.model[first].orZero && !v.check(t, v.mem, first) {
+		return false
+	}
+	page, holds := v.mem.Page(first), uint64(v.model[first].holds)
+	discarded, then := r, uint64(0)
+	if shared { // of the others nobody knows whether they were touched
+		discarded = page
+	}
+	if shared && advice == unix.MADV_DONTNEED {
+		then = holds
+	}
+	other := v.random.IntN(len(v.model))
+	stored := v.mem.Page(other)
+	results, err := v.Fork(
+		uffdtest.Step{Op: uffdtest.StepCheck, Args: [6]uint64{uint64(page.Start), page.Len, holds}},
+		uffdtest.Step{Op: uffdtest.StepMadvise, Args: [6]uint64{uint64(r.Start), r.Len, uint64(advice)}},
+		uffdtest.Step{Op: uffdtest.StepCheck, Args: [6]uint64{uint64(discarded.Start), discarded.Len, then}},
+		uffdtest.Step{Op: uffdtest.StepStore, Args: [6]uint64{uint64(stored.Start), 99}},
+	).Result()
+	if err != nil {
+		t.Error(err)
+		return false
+	}
+	if results[1] != 0 || results[2] != 0 || results[3] != 0 {
+		t.Errorf("a child of %v: %d bytes of page %d are not %d, madvise gives %d, %d of %v are not %d then",
+			v.mem.Range, results[1], first, holds, results[2], results[3], discarded, then)
+		return false
+	}
+	v.checked.Add(page.Len + discarded.Len)
+	if !shared {
+		return true
+	}
+	v.model[first].touched = true
+	for i := first; i < first+n; i++ {
+		switch p := &v.model[i]; {
+		case advice == unix.MADV_REMOVE && p.touched:
+			p.holds, p.orZero, p.touched = 0, false, i == first
+		case advice == unix.MADV_REMOVE || i == other && !p.touched:
+			p.orZero = true
+		}
+	}
+	if b := v.Load(stored.Start).Value(); b != 99 {
+		t.Errorf("page %d of %v: a child has written 99, and there is %d", other, v.mem.Range, b)
+		return false
+	}
+	v.Store(stored.Start, byte(v.Load(stored.Start+1).Value())).Value()
+	v.model[other].clean = false
+	return v.check(t, v.mem, other)
+}
+
+// A torture is a kind of client.
+type torture struct {
+	name                    string
+	kind                    uffdtest.Kind
+	needs                   uffd.Features
+	mode                    uffd.RegisterMode
+	memory                  bool // the regions have Memory
+	clients, threads, pages int
+
+	pager              pager.Pager
+	contents           []byte
+	checked, processes atomic.Uint64
 }
 
 // TestTorture has processes with several threads fault, write, discard, move,
@@ -123,73 +293,108 @@ func TestTorture(t *testing.T) {
 		seed = rand.Uint64()
 	}
 	t.Logf("seed %d", seed)
-	const (
-		clients = 3
-		threads = 4
-		pages   = 64
-	)
 	before := descriptors(t)
-	contents := make([]byte, threads*pages*pageSize)
-	for i := range contents {
-		contents[i] = byte(1 + i/pageSize%255)
+	kinds := []*torture{
+		{name: "anon", kind: uffdtest.Anon, mode: uffd.RegisterMissing, clients: 2, threads: 4, pages: 64},
+		{name: "anon, BeforeWrite", kind: uffdtest.Anon, needs: uffd.FeaturePagefaultFlagWP,
+			mode: uffd.RegisterMissing | uffd.RegisterWP, clients: 1, threads: 4, pages: 64},
+		{name: "shmem", kind: uffdtest.Shmem, needs: uffd.FeatureMissingShmem,
+			mode: uffd.RegisterMissing, clients: 1, threads: 4, pages: 64},
+		{name: "shmem, Memory", kind: uffdtest.Shmem, needs: uffd.FeatureMinorShmem, memory: true,
+			mode: uffd.RegisterMissing | uffd.RegisterMinor, clients: 1, threads: 4, pages: 64},
+		{name: "shmem, Memory, BeforeWrite", kind: uffdtest.Shmem, needs: uffd.FeatureMinorShmem | uffd.FeatureWPHugetlbfsShmem, memory: true,
+			mode: uffd.RegisterMissing | uffd.RegisterMinor | uffd.RegisterWP, clients: 1, threads: 4, pages: 64},
+		{name: "hugetlb-private", kind: uffdtest.HugetlbPrivate, needs: uffd.FeatureMissingHugetlbfs,
+			mode: uffd.RegisterMissing, clients: 1, threads: 2, pages: 6},
 	}
-	p := &pager.Pager{RetryFor: uffdtest.Patience}
+	var all sync.WaitGroup
+	for i, k := range kinds {
+		if k.kind.Huge() && testing.Short() { // they are the whole system's
+			continue
+		}
+		all.Go(func() { t.Run(k.name, func(t *testing.T) { k.run(t, rand.New(rand.NewPCG(seed, uint64(i)))) }) })
+	}
+	all.Wait()
+	eventually(t, "all descriptors are closed", func() bool { return descriptors(t) == before })
+	var failed, forks, remaps, unmaps uint64
+	for _, k := range kinds {
+		n := k.pager.Stats()
+		failed, forks, remaps, unmaps = failed+n.ReadErrors, forks+n.Forks, remaps+n.Remaps, unmaps+n.Unmaps
+	}
+	if failed == 0 || forks == 0 && os.Geteuid() == 0 || remaps == 0 || unmaps == 0 {
+		t.Error("something was not tried")
+	}
+}
+
+func (k *torture) run(t *testing.T, random *rand.Rand) {
+	uffdtest.Require(t, k.needs)
+	if k.kind.Huge() {
+		uffdtest.RequireKernel(t, 5, 18, "MADV_DONTNEED of hugetlb memory")
+		// A child has a page that it reads, those that it discards, and one that it writes.
+		uffdtest.LockSettings(t).HugePages(k.clients * k.threads * (2*k.pages + 2))
+	}
+	k.contents = contents(k.threads*k.pages, k.kind.PageSize())
+	k.pager.RetryFor = uffdtest.Patience
 	var reports atomic.Uint64
-	p.ErrorHook = func(_ *pager.Client, err error) {
+	k.pager.ErrorHook = func(_ *pager.Client, err error) {
 		if reports.Add(1) < 10 {
 			t.Errorf("reported: %v", err)
 		}
 	}
 	start := time.Now()
-	var checked, processes atomic.Uint64
 	var all sync.WaitGroup
-	for i := range clients {
+	for range k.clients {
+		random := rand.New(rand.NewPCG(random.Uint64(), 0))
 		all.Go(func() {
-			random := rand.New(rand.NewPCG(seed, uint64(i)))
 			for !t.Failed() && time.Since(start) < *tortureTime {
-				processes.Add(1)
-				life := min(time.Until(start.Add(*tortureTime)), 5*time.Second)
-				t.Run("", func(t *testing.T) { torture(t, p, random, contents, threads, pages, life, &checked) })
+				k.processes.Add(1)
+				life := min(time.Until(start.Add(*tortureTime)), time.Duration(random.Int64N(int64(4*time.Second))))
+				t.Run("", func(t *testing.T) { k.live(t, random, life) })
 			}
 		})
 	}
 	all.Wait()
-	eventually(t, "all descriptors are closed", func() bool { return descriptors(t) == before })
-	n := p.Stats()
-	t.Logf("%d processes, %d faults, %d events (%d forks, %d removes, %d remaps, %d unmaps), %d reads (%d failed), %d deferred, %d discarded, %d existed, %d bytes checked in %.1f s",
-		processes.Load(), n.Missing, n.Forks+n.Removes+n.Remaps+n.Unmaps, n.Forks, n.Removes, n.Remaps, n.Unmaps,
-		n.Reads, n.ReadErrors, n.Deferred, n.Discarded, n.Existed, checked.Load(), time.Since(start).Seconds())
-	if n.Missing == 0 || n.Removes == 0 || n.Remaps == 0 || n.Unmaps == 0 || n.ReadErrors == 0 {
+	n := k.pager.Stats()
+	t.Logf("%d processes, %d faults (%d missing, %d minor, %d write-protected), %d events (%d forks, %d removes, %d remaps, %d unmaps), "+
+		"%d reads (%d failed), %d deferred, %d discarded, %d existed, %d bytes checked in %.1f s",
+		k.processes.Load(), n.Missing+n.Minor+n.WriteProtected, n.Missing, n.Minor, n.WriteProtected,
+		n.Forks+n.Removes+n.Remaps+n.Unmaps, n.Forks, n.Removes, n.Remaps, n.Unmaps,
+		n.Reads, n.ReadErrors, n.Deferred, n.Discarded, n.Existed, k.checked.Load(), time.Since(start).Seconds())
+	if n.Missing == 0 || n.Removes == 0 || n.Minor == 0 && k.memory || n.WriteProtected == 0 && k.mode.Has(uffd.RegisterWP) {
 		t.Error("something was not tried")
 	}
 }
 
-// torture is the life of one process.
-func torture(t *testing.T, p *pager.Pager, random *rand.Rand, contents []byte, threads, pages int, life time.Duration, checked *atomic.Uint64) {
+// live is the life of one process.
+func (k *torture) live(t *testing.T, random *rand.Rand, life time.Duration) {
 	proc := uffdtest.Start(t)
 	f := proc.Open(events)
+	written := &writes{n: make(map[uffd.Addr]int)}
 	var regions []pager.Region
 	var victims []*victim
-	for i := range threads {
-		mem := proc.Map(uffdtest.Anon, pages)
-		register(t, f, mem.Range, uffd.RegisterMissing)
-		var s source.Source = source.FromBytes(contents)
+	for i := range k.threads {
+		mem := proc.Map(k.kind, k.pages)
+		register(t, f, mem.Range, k.mode)
+		var s source.Source = source.FromBytes(k.contents)
 		if i%2 == 1 {
 			s = erratic{s}
 		}
+		v := newVictim(proc, mem, 1<<29, random.Uint64(), &k.checked)
+		v.expect(i * k.pages)
+		v.forks, v.memory = os.Geteuid() == 0, k.memory
 		r := region(mem, s)
-		r.Offset = int64(i * pages * pageSize)
-		regions = append(regions, r)
-		v := &victim{Process: proc, mem: mem, checked: checked, random: rand.New(rand.NewPCG(random.Uint64(), 0)), forks: os.Geteuid() == 0}
-		const room = 1 << 29
-		v.room = uffd.Range{Len: room, Start: proc.Mmap(0, room, unix.PROT_NONE,
-			unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_NORESERVE, -1)}
-		for page := range pages {
-			v.model = append(v.model, byte(1+(i*pages+page)%255))
+		r.Offset = int64(i) * int64(mem.Len)
+		if k.memory {
+			r.Memory = attachMemory(t, proc, mem)
 		}
+		if k.mode.Has(uffd.RegisterWP) {
+			v.written = written
+			r.BeforeWrite = written.count
+		}
+		regions = append(regions, r)
 		victims = append(victims, v)
 	}
-	c, err := p.Attach(f, regions...)
+	c, err := k.pager.Attach(f, regions...)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -203,8 +408,8 @@ func torture(t *testing.T, p *pager.Pager, random *rand.Rand, contents []byte, t
 			}
 		})
 	}
-	if random.IntN(2) == 0 {
-		time.Sleep(time.Duration(random.Int64N(int64(life) + 1)))
+	for random.IntN(3) > 0 && time.Now().Before(end) {
+		time.Sleep(time.Duration(random.Int64N(int64(life)/2 + 1)))
 		if err := c.Populate(context.Background(), nil); err != nil && c.Stats().ReadErrors == 0 {
 			t.Errorf("Populate: %v", err)
 		}

@@ -29,6 +29,10 @@ type job struct {
 	begin    time.Duration
 	outdated bool // the pages are not what they were: do not install
 
+	// Of the worker.
+	tries int
+	start time.Duration // of the first
+
 	buf    []byte
 	served uffd.Range // what was read: all, or only the page that is wanted
 	gone   uint64     // bytes of it for which there is no memory
@@ -107,7 +111,7 @@ func (c *Client) submit(j *job, r *region) {
 	if q.running < c.workers() {
 		q.running++
 		c.family.workers.Add(1)
-		go c.worker()
+		go c.worker(nil)
 	}
 }
 
@@ -154,15 +158,23 @@ func (q *queue) next(limit int) *job {
 // aheadLimit is how many workers may read what nobody waits for.
 func (c *Client) aheadLimit() int { return max(1, c.workers()/4) }
 
-// worker reads sources until there is nothing to read.
-func (c *Client) worker() {
+// worker reads sources until there is nothing to read, beginning with j, if that is
+// not nil.
+func (c *Client) worker(j *job) {
 	defer c.family.workers.Done()
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() {
+		if j != nil { // a source has called runtime.Goexit
+			c.family.workers.Add(1)
+			go c.worker(j)
+		}
+	}()
 	q := &c.queue
 	for {
-		j := q.next(c.aheadLimit())
 		if j == nil {
-			return
+			if j = q.next(c.aheadLimit()); j == nil {
+				return
+			}
 		}
 		c.read(j)
 		q.mu.Lock()
@@ -172,32 +184,48 @@ func (c *Client) worker() {
 		q.done = append(q.done, j)
 		q.filled.Store(true)
 		q.mu.Unlock()
+		j = nil
 		c.poke()
 	}
 }
 
 // read reads what a job needs. It keeps trying, if somebody waits.
 func (c *Client) read(j *job) {
-	if uint64(cap(j.buf)) < j.Len {
-		j.buf = make([]byte, j.Len)
+	if j.tries == 0 {
+		if uint64(cap(j.buf)) < j.Len {
+			j.buf = make([]byte, j.Len)
+		}
+		j.served, j.start = j.Range, now()
+	} else if c.readFailed(j) { // for another worker, which that has ended
+		return
 	}
-	j.served = j.Range
-	start := now()
-	for tries := 0; ; tries++ {
-		c.counters.reads.Add(1)
-		j.err = source.Read(j.ctx, j.source, j.buf[:j.served.Len], j.offset+int64(j.served.Start-j.Start))
-		if j.err == nil || j.ctx.Err() != nil {
-			return
-		}
-		c.counters.readErrors.Add(1)
-		if j.ahead || j.served.Len == j.pageSize && now()-start >= c.retryFor() {
-			return
-		}
-		// It may be the neighbours that fail.
-		j.served = uffd.Range{Start: j.wanted, Len: j.pageSize}
-		pause(j.ctx, backoff(readMin, tries))
+	for !c.tryRead(j) && !c.readFailed(j) {
 	}
 }
+
+// tryRead reads once. It reports whether that is enough.
+func (c *Client) tryRead(j *job) bool {
+	j.tries++
+	c.counters.reads.Add(1)
+	j.err = errGoexit // unless Read returns
+	j.err = source.Read(j.ctx, j.source, j.buf[:j.served.Len], j.offset+int64(j.served.Start-j.Start))
+	return j.err == nil || j.ctx.Err() != nil
+}
+
+// readFailed takes note of a failed read. It reports whether that was the last; if
+// not, it is time for the next one.
+func (c *Client) readFailed(j *job) bool {
+	c.counters.readErrors.Add(1)
+	if j.ahead || j.ctx.Err() != nil || j.served.Len == j.pageSize && now()-j.start >= c.retryFor() {
+		return true
+	}
+	// It may be the neighbours that fail.
+	j.served = uffd.Range{Start: j.wanted, Len: j.pageSize}
+	pause(j.ctx, backoff(readMin, j.tries-1))
+	return false
+}
+
+var errGoexit = errors.New("pager: the goroutine has ended (runtime.Goexit)")
 
 const readMin = time.Millisecond
 
@@ -235,6 +263,9 @@ func (c *Client) finish(j *job) (over bool) {
 			c.counters.deferred.Add(1)
 			return false
 		}
+	}
+	if r.memory != nil {
+		defer c.wakeTwins(j.Range)
 	}
 	if err != nil || j.served != j.Range {
 		// Threads may wait for what is not there: they ask again.

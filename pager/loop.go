@@ -226,6 +226,8 @@ func (c *Client) fault(p pending, begin time.Duration) time.Duration {
 	switch {
 	case p.Flags.Has(uffd.PagefaultWP):
 		c.counters.writeProtected.Add(1)
+	case p.Flags.Has(uffd.PagefaultRWP):
+		c.counters.rwProtected.Add(1)
 	case p.Flags.Has(uffd.PagefaultMinor):
 		c.counters.minor.Add(1)
 	default:

@@ -234,6 +234,52 @@ func testHot(t *testing.T, w way) {
 	if kept := s.Stats().Kept; kept > 0 != w.rwp() {
 		t.Errorf("%d times a page stayed", kept)
 	}
+	if n := s.client.Stats().RWProtected; n != 0 {
+		t.Errorf("%d faults because of the sampling", n)
+	}
+}
+
+// TestAllHot has all pages used before one is to leave.
+func TestAllHot(t *testing.T) {
+	const limit = 16
+	w := ways[1]
+	uffdtest.Require(t, w.features)
+	s := start(t, w, 64, limit, nil)
+	for range 2 {
+		for i := range limit - 1 {
+			s.p.Load(s.mem.Page(i).Start).Value()
+			s.settled(t)
+		}
+	}
+	if n := s.Stats(); n.Came != limit-1 || n.Evicted != 0 {
+		t.Fatalf("%+v", n)
+	}
+	s.p.Load(s.mem.Page(limit).Start).Value()
+	if n := s.settled(t); n.Kept != chances || n.Evicted != 1 || s.held(t) != limit-1 {
+		t.Errorf("%d pages in memory, %+v; want %d that stayed", s.held(t), n, chances)
+	}
+}
+
+// TestAllocs has pages leave that are used and others that are not: threads wait
+// meanwhile.
+func TestAllocs(t *testing.T) { eachWay(t, testAllocs) }
+
+func testAllocs(t *testing.T, w way) {
+	const pages = 200
+	s := prepare(t, w, pages, 2*pages, func(s *setup) { s.p.Fill(s.mem.Range, 9).Value() })
+	for i := 0; i < pages; i += 2 {
+		s.p.Load(s.mem.Page(i).Start).Value()
+	}
+	const runs = 5
+	n := testing.AllocsPerRun(runs, func() {
+		if err := s.memory.makeRoom(); err != nil {
+			t.Fatal(err)
+		}
+	})
+	stats := s.Stats()
+	if n != 0 || stats.Evicted < runs || stats.Written != stats.Evicted || stats.Kept > 0 != w.rwp() {
+		t.Errorf("%v allocations, %+v", n, stats)
+	}
 }
 
 // TestEvictionHolds has threads store to a page after it was copied to the backing
@@ -241,18 +287,22 @@ func testHot(t *testing.T, w way) {
 func TestEvictionHolds(t *testing.T) { eachWay(t, testEvictionHolds) }
 
 func testEvictionHolds(t *testing.T, w way) {
+	nothing := func(*setup, uffd.Range) {}
+	read := func(s *setup, page uffd.Range) { s.p.Load(page.Start).Value() }
+	unmap := func(s *setup, page uffd.Range) { s.p.Madvise(page, unix.MADV_DONTNEED).Value() }
+	bar := func(s *setup, page uffd.Range) { s.p.Mprotect(page, unix.PROT_NONE).Value() }
+	unbar := func(s *setup, page uffd.Range) { s.p.Mprotect(page, unix.PROT_READ|unix.PROT_WRITE).Value() }
 	states := []struct {
-		name string
-		make func(s *setup, page uffd.Range)
+		name          string
+		before, after func(s *setup, page uffd.Range) // it is saved
 	}{
-		{"protected", func(*setup, uffd.Range) {}},
-		{"read", func(s *setup, page uffd.Range) { s.p.Load(page.Start).Value() }},
-		{"not mapped any more", func(s *setup, page uffd.Range) { s.p.Madvise(page, unix.MADV_DONTNEED).Value() }},
-		{"read, and not mapped any more", func(s *setup, page uffd.Range) {
-			s.p.Load(page.Start).Value()
-			s.p.Madvise(page, unix.MADV_DONTNEED).Value()
-		}},
-		{"never mapped", func(*setup, uffd.Range) {}},
+		{"protected", nothing, nothing},
+		{"read", read, nothing},
+		{"not mapped any more", unmap, nothing},
+		{"read, and not mapped any more", func(s *setup, page uffd.Range) { read(s, page); unmap(s, page) }, nothing},
+		{"not mapped any more once it is saved", read, unmap},
+		{"inaccessible for a while", func(s *setup, page uffd.Range) { read(s, page); bar(s, page) }, unbar},
+		{"never mapped", nothing, nothing},
 	}
 	s := prepare(t, w, 20, 40, func(s *setup) {
 		for i := range states {
@@ -271,7 +321,7 @@ func testEvictionHolds(t *testing.T, w way) {
 	for i, state := range states {
 		page := s.mem.Page(i)
 		off := int64(i * os.Getpagesize())
-		state.make(s, page)
+		state.before(s, page)
 		if w.rwp() {
 			if err := m.setMode(0, uffd.FeatureRWPAsync); err != nil {
 				t.Fatal(err)
@@ -280,6 +330,7 @@ func testEvictionHolds(t *testing.T, w way) {
 		if written, err := m.save(off); !written || err != nil {
 			t.Fatalf("save of a page that is %s: %v, %v", state.name, written, err)
 		}
+		state.after(s, page)
 		store := s.p.Store(page.Start, 77)
 		for {
 			if store.Done() {
@@ -381,8 +432,8 @@ func testNothingIsLost(t *testing.T, w way) {
 		pages, limit int
 		zipf, unmap  uint64
 	}{
-		{64, 16, 0, 0},
-		{64, 32, 0, 1},
+		{20, 16, 0, 0},
+		{40, 32, 0, 1},
 		{1000, 250, 0, 0},
 		{1000, 250, 1, 0},
 		{1000, 250, 1, 1},
@@ -462,6 +513,31 @@ func testDiscarded(t *testing.T, w way) {
 	}
 	if bad := s.p.Check(first, 0).Value(); bad != 0 {
 		t.Errorf("after it was evicted: %d bytes are not zero", bad)
+	}
+}
+
+// TestMprotect has pages leave that the process cannot access just now.
+func TestMprotect(t *testing.T) { eachWay(t, testMprotect) }
+
+func testMprotect(t *testing.T, w way) {
+	const pages, limit, barred = 40, 16, 8
+	s := start(t, w, pages, limit, nil)
+	for i := range barred {
+		s.p.Fill(s.mem.Page(i), 9).Value()
+	}
+	first := uffd.Range{Start: s.mem.Start, Len: barred * s.mem.Page(0).Len}
+	s.p.Mprotect(first, unix.PROT_NONE).Value()
+	for i := barred; i < pages; i++ {
+		s.p.Fill(s.mem.Page(i), 9).Value()
+	}
+	if n := s.held(t); n > limit {
+		t.Errorf("%d pages in memory, limit %d", n, limit)
+	}
+	s.p.Mprotect(first, unix.PROT_READ).Value()
+	for i := range pages {
+		if bad := s.p.Check(s.mem.Page(i), 9).Value(); bad != 0 {
+			t.Errorf("page %d: %d bytes differ", i, bad)
+		}
 	}
 }
 

@@ -130,8 +130,8 @@ func (c *Client) unlock(r *region, i uint64) error {
 	return err
 }
 
-// liftRWP ends the protection of a page from accesses, which is nothing to the
-// pager. A page that has gone is not there to be protected: the thread finds out.
+// liftRWP ends the protection of a page from accesses, which somebody else has
+// asked for. A page that has gone meanwhile is missing when the thread asks again.
 func (c *Client) liftRWP(page uffd.Range) error {
 	err := c.file.RWProtect(page, 0)
 	if err == nil {

@@ -118,8 +118,7 @@ const (
 func (n *counters) load() Stats {
 	return Stats{
 		Missing: n.missing.Load(), Minor: n.minor.Load(), WriteProtected: n.writeProtected.Load(),
-		RWProtected: n.rwProtected.Load(),
-		Copied:      n.copied.Load(), Zeroed: n.zeroed.Load(), Continued: n.continued.Load(),
+		RWProtected: n.rwProtected.Load(), Copied: n.copied.Load(), Zeroed: n.zeroed.Load(), Continued: n.continued.Load(),
 		Demand: n.origins[demand].Load(), Around: n.origins[faultAround].Load(), Populated: n.origins[populate].Load(),
 		Replayed: n.origins[replay].Load(), Wasted: n.wasted.Load(),
 		Existed: n.existed.Load(), Woken: n.woken.Load(), Deferred: n.deferred.Load(),

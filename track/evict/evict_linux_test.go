@@ -514,6 +514,19 @@ func testDiscarded(t *testing.T, w way) {
 	if bad := s.p.Check(first, 0).Value(); bad != 0 {
 		t.Errorf("after it was evicted: %d bytes are not zero", bad)
 	}
+
+	// One that leaves before it is touched again.
+	second := s.mem.Page(1)
+	s.p.Load(second.Start).Value()
+	s.p.Madvise(second, unix.MADV_REMOVE).Value()
+	for range 2 {
+		for i := 2; i < 64; i++ {
+			s.p.Load(s.mem.Page(i).Start).Value()
+		}
+	}
+	if bad := s.p.Check(second, 0).Value(); bad != 0 {
+		t.Errorf("evicted at once: %d bytes are not zero", bad)
+	}
 }
 
 // TestMprotect has pages leave that the process cannot access just now.

@@ -311,8 +311,15 @@ func (m *memory) protectFresh() {
 func (m *memory) evict(from *queue) error {
 	i := from.front()
 	off := int64(i * m.size)
-	written := false
-	if m.pagemap != nil || m.pages[i].dirty {
+	save, written := m.pagemap != nil || m.pages[i].dirty, false
+	if !save {
+		at, err := nextPage(m.file, off)
+		if err != nil {
+			return err
+		}
+		save = at != off // the process has discarded it: it reads zeros
+	}
+	if save {
 		var err error
 		if written, err = m.save(off); err != nil {
 			return err

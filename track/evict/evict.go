@@ -29,9 +29,9 @@
 // With [PreferredFeatures] (Linux 7.3) pages are protected from accesses soon
 // after they came, and the kernel lifts that at the next access, without a message
 // (RWP_ASYNC). A page that was accessed when it is its turn to leave is hot; it
-// stays, is protected again, and another one's turn comes. If too many in a row
-// are hot, the first of them leaves all the same: the limit holds in any case.
-// Pages leave several at a time, up to an eighth of the memory and no more than 64:
+// stays, is protected again, and another one's turn comes. After eight of those
+// for each page that has to go, the next ones leave, hot or not: the limit holds in
+// any case. Pages leave several at a time, up to an eighth of the memory and no more than 64:
 // meanwhile accesses to protected pages wait, and to switch that takes the lock of
 // the process's memory. A page is written to the backing file if it is not the
 // same as what is there.

@@ -609,6 +609,9 @@ func (f *File) Continue(r Range, mode ContinueMode) (n int64, err error) {
 // anonymous memory, and Copy installs a page over it. n bytes are done; if that is
 // not all, err says why.
 //
+// On mips, and for hugetlb memory on arm, who touches a poisoned page is killed by
+// a bug of the kernel (seen on Linux 6.12), with locks held: do not use it there.
+//
 // Errors: ErrRetry; EEXIST if a page or a mark is there already, which wakes
 // nobody; ENOENT if r does not lie within one registered mapping; EFAULT past the
 // end of a file; EINVAL for part of a huge page, or before Linux 6.6; ErrGone.

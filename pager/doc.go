@@ -15,7 +15,9 @@
 // up another. The memory is registered by whoever opened the userfaultfd, or
 // with [uffd.File.Register] by whoever calls Attach: for missing pages, also for
 // minor faults if the region has Memory, also for write protection if it has
-// BeforeWrite.
+// BeforeWrite. Memory without BeforeWrite may be registered with
+// [uffd.RegisterRWP]: whoever protects pages from accesses does that for reasons
+// of his own, and the pager lifts the protection for the first thread that waits.
 //
 // # What a page holds
 //

@@ -27,9 +27,12 @@ func (c *Client) resolve(p pending) (over bool) {
 		return false
 	}
 	var err error
-	if p.Flags.Has(uffd.PagefaultWP) {
+	switch {
+	case p.Flags.Has(uffd.PagefaultWP):
 		err = c.unlock(r, i)
-	} else {
+	case p.Flags.Has(uffd.PagefaultRWP): // it is there, or was when the thread asked
+		err = c.liftRWP(r.page(i))
+	default:
 		err = c.provide(r, i, p)
 	}
 	return err == nil || c.settle(r, r.page(i), p, err)
@@ -70,6 +73,10 @@ func (c *Client) unknown(p pending) error {
 	case p.Flags.Has(uffd.PagefaultWP): // it is there, and nobody wants to know
 		if err = c.file.WriteProtect(page, 0); err == nil {
 			c.counters.unlocked.Add(1)
+			return nil
+		}
+	case p.Flags.Has(uffd.PagefaultRWP):
+		if err = c.liftRWP(page); err == nil {
 			return nil
 		}
 	case !c.pager.UnknownZero && action == Poison:
@@ -117,6 +124,16 @@ func (c *Client) unlock(r *region, i uint64) error {
 		c.callBeforeWrite(r, i)
 	}
 	err := c.file.WriteProtect(r.page(i), 0)
+	if err == nil {
+		c.counters.unlocked.Add(1)
+	}
+	return err
+}
+
+// liftRWP ends the protection of a page from accesses, which somebody else has
+// asked for. A page that has gone meanwhile is missing when the thread asks again.
+func (c *Client) liftRWP(page uffd.Range) error {
+	err := c.file.RWProtect(page, 0)
 	if err == nil {
 		c.counters.unlocked.Add(1)
 	}

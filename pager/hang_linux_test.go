@@ -215,41 +215,41 @@ func TestFaultSplitMapping(t *testing.T) {
 func TestForkShared(t *testing.T) {
 	uffdtest.RequireEventFork(t)
 	uffdtest.Require(t, uffd.FeatureMinorShmem)
-	const pages = 4
+	const pages = 5 // the child says with the last one how far it is
 	proc := uffdtest.Start(t)
 	mem := proc.Map(uffdtest.Shmem, pages)
 	f := proc.Open(events)
 	register(t, f, mem.Range, uffd.RegisterMissing|uffd.RegisterMinor)
-	for _, from := range []string{"lent"} {
-		var contents source.Source = source.FromBytes(image(uffdtest.Shmem, pages))
-		r := region(mem, contents)
-		r.Memory = attachMemory(t, proc, mem)
-		s := serve(t, proc, f, &pager.Pager{FaultAround: 1}, r)
-		load := func(i int) uffdtest.Step {
-			return uffdtest.Step{Op: uffdtest.StepLoad, Args: [6]uint64{uint64(mem.Page(i).Start)}}
-		}
-		child := s.Fork(load(3), uffdtest.Step{Op: uffdtest.StepGate}, load(0), load(1), load(2), load(3))
-		s.AwaitForks()
-		t.Cleanup(proc.OpenGate)
-		s.Fill(mem.Page(0), 9).Value()
-		s.holds(t, mem, 1, 2)
-		s.Madvise(mem.Page(3), unix.MADV_REMOVE).Value()
-		s.OpenGate()
-		got, err := child.Result()
-		if err != nil {
-			t.Fatal(err)
-		}
-		want := []uint64{4, 0, 9, 2, 3, 0}
-		for i := range want {
-			if op := i + 1; i != 1 && got[op] != want[i] { // the gate returns what it read
-				t.Errorf("%s: step %d: the child has %d, want %d", from, i, got[op], want[i])
-			}
-		}
-		for i, b := range []byte{9, 2, 3, 0} {
-			s.holds(t, mem, i, b)
-		}
-		s.noErrors(t)
+	r := region(mem, source.FromBytes(image(uffdtest.Shmem, pages)))
+	r.Memory = attachMemory(t, proc, mem)
+	s := serve(t, proc, f, &pager.Pager{FaultAround: 1}, r)
+	load := func(i int) uffdtest.Step {
+		return uffdtest.Step{Op: uffdtest.StepLoad, Args: [6]uint64{uint64(mem.Page(i).Start)}}
 	}
+	child := s.Fork(load(3), uffdtest.Step{Op: uffdtest.StepStore, Args: [6]uint64{uint64(mem.Page(4).Start), 7}},
+		uffdtest.Step{Op: uffdtest.StepGate}, load(0), load(1), load(2), load(3))
+	t.Cleanup(proc.OpenGate)
+	elsewhere(t, "the child has loaded", func() bool { return r.Memory[4*pageSize] == 7 })
+	s.Fill(mem.Page(0), 9).Value()
+	s.holds(t, mem, 1, 2)
+	s.Madvise(mem.Page(3), unix.MADV_REMOVE).Value()
+	s.OpenGate()
+	got, err := child.Result()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, step := range []struct {
+		at   int
+		want uint64
+	}{{0, 4}, {3, 9}, {4, 2}, {5, 3}, {6, 0}} {
+		if v := got[1+step.at]; v != step.want {
+			t.Errorf("step %d: the child has %d, want %d", step.at, v, step.want)
+		}
+	}
+	for i, b := range []byte{9, 2, 3, 0} {
+		s.holds(t, mem, i, b)
+	}
+	s.noErrors(t)
 }
 
 // A page that leaves the file of shared memory after a thread has asked for it is

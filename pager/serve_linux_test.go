@@ -268,6 +268,50 @@ func TestAttachRefuses(t *testing.T) {
 	}
 }
 
+// TestRWP has the pager end a protection from accesses, which is not its own.
+func TestRWP(t *testing.T) {
+	uffdtest.Require(t, uffd.FeatureRWP)
+	for _, kind := range uffdtest.Kinds {
+		t.Run(kind.String(), func(t *testing.T) {
+			if kind.Huge() {
+				uffdtest.LockSettings(t).HugePages(16)
+			}
+			proc := uffdtest.Start(t)
+			known, unknown := proc.Map(kind, 4), proc.Map(uffdtest.Shmem, 2)
+			f := proc.Open(&uffd.Config{Require: uffd.FeatureRWP})
+			for i := range unknown.Pages() {
+				proc.Fill(unknown.Page(i), 77).Value()
+			}
+			register(t, f, known.Range, uffd.RegisterMissing|uffd.RegisterRWP)
+			register(t, f, unknown.Range, uffd.RegisterMissing|uffd.RegisterRWP)
+			s := serve(t, proc, f, new(pager.Pager), region(known, source.FromBytes(image(kind, 4))))
+			for i := range known.Pages() {
+				s.holds(t, known, i, byte(i+1))
+			}
+			for range 2 {
+				before := s.client.Stats()
+				for _, mem := range []uffdtest.Memory{known, unknown} {
+					if err := f.RWProtect(mem.Range, uffd.RWProtectRWP); err != nil {
+						t.Fatal(err)
+					}
+				}
+				for i := range known.Pages() {
+					s.holds(t, known, i, byte(i+1))
+				}
+				s.holds(t, unknown, 0, 77)
+				if b := proc.Store(unknown.Page(1).Start, 77).Value(); b != 0 {
+					t.Errorf("store returned %d", b)
+				}
+				eventually(t, "the pages are counted", func() bool { return s.client.Stats().Unlocked-before.Unlocked == 6 })
+				if n := s.client.Stats(); n.RWProtected-before.RWProtected < 6 || n.Missing != before.Missing || n.Unknown != 0 {
+					t.Errorf("%+v, then %+v", before, n)
+				}
+			}
+			s.noErrors(t)
+		})
+	}
+}
+
 // A source that fails for a while, and one that fails for good.
 type failing struct {
 	source.Source

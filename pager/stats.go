@@ -13,7 +13,7 @@ import (
 //	expvar.Publish("pager", expvar.Func(func() any { return p.Stats() }))
 type Stats struct {
 	// Faults that were read, by kind.
-	Missing, Minor, WriteProtected uint64
+	Missing, Minor, WriteProtected, RWProtected uint64
 
 	// Pages that were installed, by what they hold.
 	Copied, Zeroed, Continued uint64
@@ -34,7 +34,7 @@ type Stats struct {
 	Deferred  uint64 // times the kernel asked to try later
 	Dropped   uint64 // faults in memory that is not there any more
 	Unknown   uint64 // faults outside of all regions
-	Unlocked  uint64 // pages that may be written again
+	Unlocked  uint64 // pages that may be written, or accessed, again
 	Poisoned  uint64
 	Held      uint64
 	Discarded uint64 // pages read from a source in vain, for they changed meanwhile
@@ -96,6 +96,7 @@ func (h *histogram) load() (sum Histogram) {
 // counters are Stats while they count.
 type counters struct {
 	missing, minor, writeProtected             counter
+	rwProtected                                counter
 	copied, zeroed, continued                  counter
 	origins                                    [4]counter // by origin
 	wasted                                     counter
@@ -121,6 +122,8 @@ func (n *counters) count(flags uffd.PagefaultFlags) {
 	switch {
 	case flags.Has(uffd.PagefaultWP):
 		n.writeProtected.Add(1)
+	case flags.Has(uffd.PagefaultRWP):
+		n.rwProtected.Add(1)
 	case flags.Has(uffd.PagefaultMinor):
 		n.minor.Add(1)
 	default:
@@ -131,7 +134,7 @@ func (n *counters) count(flags uffd.PagefaultFlags) {
 func (n *counters) load() Stats {
 	return Stats{
 		Missing: n.missing.Load(), Minor: n.minor.Load(), WriteProtected: n.writeProtected.Load(),
-		Copied: n.copied.Load(), Zeroed: n.zeroed.Load(), Continued: n.continued.Load(),
+		RWProtected: n.rwProtected.Load(), Copied: n.copied.Load(), Zeroed: n.zeroed.Load(), Continued: n.continued.Load(),
 		Demand: n.origins[demand].Load(), Around: n.origins[faultAround].Load(), Populated: n.origins[populate].Load(),
 		Replayed: n.origins[replay].Load(), Wasted: n.wasted.Load(),
 		Existed: n.existed.Load(), Woken: n.woken.Load(), Deferred: n.deferred.Load(),
@@ -146,6 +149,7 @@ func (n *counters) load() Stats {
 func (s *Stats) add(t *Stats) {
 	for _, sum := range []struct{ to, from *uint64 }{
 		{&s.Missing, &t.Missing}, {&s.Minor, &t.Minor}, {&s.WriteProtected, &t.WriteProtected},
+		{&s.RWProtected, &t.RWProtected},
 		{&s.Copied, &t.Copied}, {&s.Zeroed, &t.Zeroed}, {&s.Continued, &t.Continued},
 		{&s.Demand, &t.Demand}, {&s.Around, &t.Around}, {&s.Populated, &t.Populated}, {&s.Replayed, &t.Replayed}, {&s.Wasted, &t.Wasted},
 		{&s.Existed, &t.Existed}, {&s.Woken, &t.Woken}, {&s.Deferred, &t.Deferred},

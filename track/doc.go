@@ -29,7 +29,8 @@
 // set (FeatureRWPAsync, Linux 7.3, on amd64, arm64 and some riscv64). Before that
 // no userfaultfd tells who reads a page that is there. What is left is Writes, for
 // the part of the working set that is written, and package track/evict, which
-// bounds how much memory there is, and finds what is used by taking it away.
+// bounds how much memory there is, and finds what is used by taking it away, or,
+// from Linux 7.3 on, by the accesses.
 //
 // A [Snapshot] is a copy of memory of another process at one moment, made while
 // that process goes on.

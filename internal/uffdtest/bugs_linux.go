@@ -64,8 +64,8 @@ var (
 		Here: func() bool { return kernelIn("6.18", "") },
 		Rare: true,
 	}
-	PoisonPanic = &Bug{
-		What:  "an access of the kernel to a poisoned page panics",
+	PoisonBug = &Bug{
+		What:  "an access to a poisoned page is a BUG",
 		Here:  func() bool { return kernelIn("6.6", "") && strings.HasPrefix(runtime.GOARCH, "mips") },
 		Fatal: true,
 	}
@@ -79,7 +79,7 @@ var (
 		Here:  func() bool { return kernelIn("7.0", "") && runtime.GOARCH == "arm" },
 		Fatal: true,
 	}
-	Bugs = []*Bug{FalseWP, FalseAPI, PageForExact, ForkedWPHugetlb, MoveOnShmem, SetModeWithoutRWP, LostWaiter, UncountedMove, PoisonPanic, PoisonHugetlb, HugetlbUnmap}
+	Bugs = []*Bug{FalseWP, FalseAPI, PageForExact, ForkedWPHugetlb, MoveOnShmem, SetModeWithoutRWP, LostWaiter, UncountedMove, PoisonBug, PoisonHugetlb, HugetlbUnmap}
 )
 
 // Avoid skips t on kernels that have the bug.

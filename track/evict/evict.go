@@ -4,28 +4,41 @@
 // memory at a time; the rest is in a backing file, and comes back when the
 // process touches it:
 //
+//	// f, in the process: uffd.New(&uffd.Config{Require: evict.Features, Prefer: evict.PreferredFeatures})
 //	r, err := evict.New(f, pid, evict.Config{Range: mem, File: memfd, Backing: swap, Limit: 1 << 30})
 //	...
 //	err = r.Serve(ctx) // until the process is gone
 //
 // # How a page leaves
 //
-// A page that was written since it came is write-protected first. Who writes to
-// it waits from then on, so what is copied to the backing file is what is there
-// when a hole is punched into the memfd. A page that was not written is in the
-// backing file already. Whoever touches it afterwards faults for a missing page,
-// also who waited; and it comes back, write-protected, so that the first write is
-// noticed. Faults and evictions are the work of one goroutine, one at a time:
-// no page comes while it goes.
+// A page is protected first. Who writes to it waits from then on, so what is
+// copied to the backing file is what is there when a hole is punched into the
+// memfd. Whoever touches it afterwards faults for a missing page, also who waited,
+// and it comes back. Faults and evictions are the work of one goroutine, one at a
+// time: no page comes while it goes.
 //
 // # Which page leaves
 //
-// The kernel does not tell who reads a page, as long as the page may be written
-// only after a fault: memory cannot be registered for write protection and for
-// access protection at a time. So what is used is found out by taking it away.
 // Pages leave in the order in which they came. One that comes back before as many
 // others have left as there is room for was taken too early: it is hot, and
 // leaves only when hot pages take more than three quarters of the memory.
+//
+// What else is known of a page depends on the kernel, for memory cannot be
+// registered for write protection and for access protection at a time.
+//
+// With [PreferredFeatures] (Linux 7.3) pages are protected from accesses soon
+// after they came, and the kernel lifts that at the next access, without a message
+// (RWP_ASYNC). A page that was accessed when it is its turn to leave is hot; it
+// stays, is protected again, and another one's turn comes. After eight of those
+// for each page that has to go, the next ones leave, hot or not: the limit holds in
+// any case. Pages leave several at a time, up to an eighth of the memory and no more than 64:
+// meanwhile accesses to protected pages wait, and to switch that takes the lock of
+// the process's memory. A page is written to the backing file if it is not the
+// same as what is there.
+//
+// Without, the kernel does not tell who reads a page: what is used is found out by
+// taking it away. Pages come write-protected, so that the first write is a fault,
+// and one that was not written since it came is not written to the backing file.
 //
 // # What the process must not do
 //
@@ -54,6 +67,13 @@ import (
 
 // Features are what a userfaultfd needs for a [Region] (Linux 5.19).
 const Features = uffd.FeatureMissingShmem | uffd.FeaturePagefaultFlagWP | uffd.FeatureWPHugetlbfsShmem
+
+// PreferredFeatures are what a userfaultfd should have, too: with them the Region
+// learns which pages are used without taking them away (Linux 7.3). Open the
+// userfaultfd with
+//
+//	&uffd.Config{Require: evict.Features, Prefer: evict.PreferredFeatures}
+const PreferredFeatures = uffd.FeatureRWP | uffd.FeatureRWPAsync
 
 // A Config describes a [Region].
 type Config struct {
@@ -86,11 +106,12 @@ const MinLimit = 16
 type Stats struct {
 	Limit    int64  // bytes
 	Resident int64  // bytes in memory
-	Hot      uint64 // pages in memory that came back soon
+	Hot      uint64 // pages in memory that came back soon, or were to leave and stayed
 	Came     uint64 // pages that were brought in
 	Back     uint64 // of them, those that had been evicted
 	Evicted  uint64
 	Written  uint64 // of them, those that had to be written to the backing file
+	Kept     uint64 // times a page was to leave and stayed, for it had been accessed; 0 without PreferredFeatures
 }
 
 // A Region is memory of a process that is kept under a limit.
@@ -103,7 +124,8 @@ type Region struct {
 }
 
 // New puts memory of process pid, which has opened f, under a limit. It registers
-// the memory for missing pages and for write protection. f must serve nothing
+// the memory for missing pages and, if f has [PreferredFeatures], for minor faults
+// and access protection, otherwise for write protection. f must serve nothing
 // else; it belongs to the Region from then on, unless New fails, and must have
 // [Features] and no events. The process may use the memory from then on: who
 // touches what is not there waits for Serve.
@@ -145,21 +167,41 @@ func newRegion(f *uffd.File, pid int, c *Config) (*Region, error) {
 	if err := m.open(f, c); err != nil {
 		return nil, err
 	}
+	memory := pager.Region{Range: c.Range, Source: m}
+	mode := uffd.RegisterMissing
+	var err error
+	if features.Has(PreferredFeatures) {
+		// A page that the file has and the page table has not cannot be
+		// protected: nobody may map it but with a fault.
+		mode |= uffd.RegisterMinor | uffd.RegisterRWP
+		err = m.sample(pid)
+	} else {
+		mode |= uffd.RegisterWP
+		memory.BeforeWrite = m.beforeWrite
+	}
 	r.pager = pager.Pager{FaultAround: 1, RetryFor: -1}
 	if c.ErrorHook != nil {
 		r.pager.ErrorHook = func(_ *pager.Client, err error) { c.ErrorHook(err) }
 	}
-	_, err := f.Register(c.Range, uffd.RegisterMissing|uffd.RegisterWP)
 	if err == nil {
-		r.client, err = r.pager.Attach(f, pager.Region{Range: c.Range, Source: m, BeforeWrite: m.beforeWrite})
+		_, err = f.Register(c.Range, mode)
 	}
 	if err == nil {
-		err = m.shrink() // what was there already
+		r.client, err = r.pager.Attach(f, memory)
+	}
+	if err == nil {
+		err = m.find() // what was there already
+	}
+	if err == nil && m.pagemap != nil {
+		err = f.RWProtect(c.Range, uffd.RWProtectRWP)
+	}
+	if err == nil {
+		err = m.shrink()
 	}
 	if err != nil {
 		f.Unregister(c.Range)
 		f.Wake(c.Range)
-		m.file.Close()
+		m.close()
 		return nil, err
 	}
 	return r, nil
@@ -185,7 +227,7 @@ func (r *Region) Stats() Stats {
 // memory reads as zeros from then on where it is in the backing file.
 func (r *Region) Stop() error {
 	r.stop.Do(func() {
-		r.err = errors.Join(r.client.Close(), r.memory.uffd.Close(), r.memory.file.Close())
+		r.err = errors.Join(r.client.Close(), r.memory.uffd.Close(), r.memory.close())
 	})
 	return r.err
 }

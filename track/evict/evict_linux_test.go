@@ -21,9 +21,30 @@ import (
 	"github.com/go-uffd/uffd/internal/uffdtest"
 )
 
+// A way to find out which pages are used.
+type way struct {
+	name     string
+	features uffd.Features
+}
+
+var ways = []way{{"wp", Features}, {"rwp", Features | PreferredFeatures}}
+
+func (w way) rwp() bool { return w.features.Has(PreferredFeatures) }
+
+// eachWay runs a test for each way that the kernel offers.
+func eachWay(t *testing.T, test func(t *testing.T, w way)) {
+	for _, w := range ways {
+		t.Run(w.name, func(t *testing.T) {
+			uffdtest.Require(t, w.features)
+			test(t, w)
+		})
+	}
+}
+
 // A setup is a Region of another process.
 type setup struct {
 	*Region
+	way     way
 	p       *uffdtest.Process
 	mem     uffdtest.Memory
 	file    *os.File
@@ -53,17 +74,33 @@ func backingFile(t testing.TB) *os.File {
 	return file
 }
 
-// start puts memory of pages under a limit, in pages.
-func start(t testing.TB, pages, limit int, before func(s *setup)) *setup {
+// start puts memory of pages under a limit, in pages, and serves it.
+func start(t testing.TB, w way, pages, limit int, before func(s *setup)) *setup {
 	t.Helper()
-	uffdtest.Require(t, Features)
-	s := &setup{p: uffdtest.Start(t), backing: backingFile(t), serving: make(chan error, 1)}
+	s := prepare(t, w, pages, limit, before)
+	s.serve(t)
+	return s
+}
+
+func (s *setup) serve(t testing.TB) {
+	go func() { s.serving <- s.Serve(t.Context()) }()
+	t.Cleanup(func() {
+		s.p.Kill()
+		if err := <-s.serving; err != nil && !errors.Is(err, context.Canceled) {
+			t.Errorf("Serve: %v", err)
+		}
+	})
+}
+
+func prepare(t testing.TB, w way, pages, limit int, before func(s *setup)) *setup {
+	t.Helper()
+	s := &setup{way: w, p: uffdtest.Start(t), backing: backingFile(t), serving: make(chan error, 1)}
 	s.mem, s.file = mapShared(t, s.p, pages)
 	if before != nil {
 		before(s)
 	}
 	var err error
-	s.Region, err = New(s.p.Open(&uffd.Config{Require: Features}), s.p.Pid, Config{
+	s.Region, err = New(s.p.Open(&uffd.Config{Require: w.features}), s.p.Pid, Config{
 		Range:     s.mem.Range,
 		File:      s.file,
 		Backing:   s.backing,
@@ -73,12 +110,8 @@ func start(t testing.TB, pages, limit int, before func(s *setup)) *setup {
 	if err != nil {
 		t.Fatal(err)
 	}
-	go func() { s.serving <- s.Serve(t.Context()) }()
 	t.Cleanup(func() {
 		s.p.Kill()
-		if err := <-s.serving; err != nil && !errors.Is(err, context.Canceled) {
-			t.Errorf("Serve: %v", err)
-		}
 		if err := s.Stop(); err != nil {
 			t.Errorf("Stop: %v", err)
 		}
@@ -96,12 +129,33 @@ func (s *setup) held(t testing.TB) int {
 	return int(stat.Blocks) * 512 / os.Getpagesize()
 }
 
-func TestRegion(t *testing.T) {
+// settled returns the numbers once the last page that came is counted, which is
+// after the thread goes on that waited for it.
+func (s *setup) settled(t testing.TB) Stats {
+	t.Helper()
+	for end := time.Now().Add(uffdtest.Patience); ; time.Sleep(time.Millisecond) {
+		stats := s.Stats()
+		if stats.Resident == int64(s.held(t)*os.Getpagesize()) {
+			return stats
+		}
+		if time.Now().After(end) {
+			t.Fatalf("%d pages in memory, %+v", s.held(t), stats)
+		}
+	}
+}
+
+func TestRegion(t *testing.T) { eachWay(t, testRegion) }
+
+func testRegion(t *testing.T, w way) {
 	const pages, limit = 100, 20
-	s := start(t, pages, limit, func(s *setup) {
+	s := start(t, w, pages, limit, func(s *setup) {
 		s.p.Fill(uffd.Range{Start: s.mem.Start, Len: s.mem.Len / 2}, 1).Value()
 	})
-	if n := s.held(t); n != limit-1 {
+	least := limit - 1 // with RWP pages leave in pairs here
+	if w.rwp() {
+		least--
+	}
+	if n := s.held(t); n < least || n > limit-1 {
 		t.Errorf("%d pages in memory after New, limit %d", n, limit)
 	}
 	half := pages / 2
@@ -119,19 +173,15 @@ func TestRegion(t *testing.T) {
 	}
 	before := s.Stats()
 	for i := range pages {
-		s.p.Fill(s.mem.Page(i), byte(i)).Value()
+		s.p.Fill(s.mem.Page(i), byte(i+2)).Value()
 	}
 	for i := range pages {
-		if bad := s.p.Check(s.mem.Page(i), byte(i)).Value(); bad != 0 {
+		if bad := s.p.Check(s.mem.Page(i), byte(i+2)).Value(); bad != 0 {
 			t.Fatalf("page %d: %d bytes differ", i, bad)
 		}
 	}
-	stats := s.Stats()
-	for end := time.Now().Add(uffdtest.Patience); stats.Resident < int64((limit-1)*os.Getpagesize()) && time.Now().Before(end); {
-		time.Sleep(time.Millisecond) // a thread goes on before its page is counted
-		stats = s.Stats()
-	}
-	if n := s.held(t); n != limit-1 || stats.Resident != int64(n*os.Getpagesize()) || stats.Limit != int64(limit*os.Getpagesize()) {
+	stats := s.settled(t)
+	if n := s.held(t); n < least || n > limit-1 || stats.Resident != int64(n*os.Getpagesize()) || stats.Limit != int64(limit*os.Getpagesize()) {
 		t.Errorf("%d pages in memory, %+v", n, stats)
 	}
 	// What was only read is not written again: reading everything twice costs
@@ -148,17 +198,17 @@ func TestRegion(t *testing.T) {
 }
 
 // TestHot has some pages used all the time.
-func TestHot(t *testing.T) {
+func TestHot(t *testing.T) { eachWay(t, testHot) }
+
+func testHot(t *testing.T, w way) {
 	const pages, limit, hot = 400, 64, 16
-	s := start(t, pages, limit, nil)
+	s := start(t, w, pages, limit, nil)
 	missed := func() uint64 {
-		var n uint64
+		before := s.settled(t).Came
 		for i := range hot {
-			before := s.Stats().Came
 			s.p.Store(s.mem.Page(i).Start, 1).Value()
-			n += s.Stats().Came - before
 		}
-		return n
+		return s.settled(t).Came - before
 	}
 	cold := hot
 	var last uint64 // of them, in the second half
@@ -173,8 +223,156 @@ func TestHot(t *testing.T) {
 			}
 		}
 	}
-	if last > hot { // first in, first out would miss each of them every few rounds
+	t.Logf("%d missing, %+v", last, s.Stats())
+	most := uint64(hot) // first in, first out would miss each of them every few rounds
+	if w.rwp() {
+		most = 0
+	}
+	if last > most {
 		t.Errorf("%d times one of %d pages was missing that are used all the time: %+v", last, hot, s.Stats())
+	}
+	if kept := s.Stats().Kept; kept > 0 != w.rwp() {
+		t.Errorf("%d times a page stayed", kept)
+	}
+	if n := s.client.Stats().RWProtected; n != 0 {
+		t.Errorf("%d faults because of the sampling", n)
+	}
+}
+
+// TestAllHot has all pages used before one is to leave.
+func TestAllHot(t *testing.T) {
+	const limit = 16
+	w := ways[1]
+	uffdtest.Require(t, w.features)
+	s := start(t, w, 64, limit, nil)
+	for range 2 {
+		for i := range limit - 1 {
+			s.p.Load(s.mem.Page(i).Start).Value()
+			s.settled(t)
+		}
+	}
+	if n := s.Stats(); n.Came != limit-1 || n.Evicted != 0 {
+		t.Fatalf("%+v", n)
+	}
+	s.p.Load(s.mem.Page(limit).Start).Value()
+	if n := s.settled(t); n.Kept != chances || n.Evicted != 1 || s.held(t) != limit-1 {
+		t.Errorf("%d pages in memory, %+v; want %d that stayed", s.held(t), n, chances)
+	}
+}
+
+// TestAllocs has pages leave that are used and others that are not: threads wait
+// meanwhile.
+func TestAllocs(t *testing.T) { eachWay(t, testAllocs) }
+
+func testAllocs(t *testing.T, w way) {
+	const pages = 200
+	s := prepare(t, w, pages, 2*pages, func(s *setup) { s.p.Fill(s.mem.Range, 9).Value() })
+	for i := 0; i < pages; i += 2 {
+		s.p.Load(s.mem.Page(i).Start).Value()
+	}
+	const runs = 5
+	n := testing.AllocsPerRun(runs, func() {
+		if err := s.memory.makeRoom(); err != nil {
+			t.Fatal(err)
+		}
+	})
+	stats := s.Stats()
+	if n != 0 || stats.Evicted < runs || stats.Written != stats.Evicted || stats.Kept > 0 != w.rwp() {
+		t.Errorf("%v allocations, %+v", n, stats)
+	}
+}
+
+// TestEvictionHolds has threads store to a page after it was copied to the backing
+// file, and before it leaves.
+func TestEvictionHolds(t *testing.T) { eachWay(t, testEvictionHolds) }
+
+func testEvictionHolds(t *testing.T, w way) {
+	nothing := func(*setup, uffd.Range) {}
+	read := func(s *setup, page uffd.Range) { s.p.Load(page.Start).Value() }
+	unmap := func(s *setup, page uffd.Range) { s.p.Madvise(page, unix.MADV_DONTNEED).Value() }
+	bar := func(s *setup, page uffd.Range) { s.p.Mprotect(page, unix.PROT_NONE).Value() }
+	unbar := func(s *setup, page uffd.Range) { s.p.Mprotect(page, unix.PROT_READ|unix.PROT_WRITE).Value() }
+	states := []struct {
+		name          string
+		before, after func(s *setup, page uffd.Range) // it is saved
+	}{
+		{"protected", nothing, nothing},
+		{"read", read, nothing},
+		{"not mapped any more", unmap, nothing},
+		{"read, and not mapped any more", func(s *setup, page uffd.Range) { read(s, page); unmap(s, page) }, nothing},
+		{"not mapped any more once it is saved", read, unmap},
+		{"inaccessible for a while", func(s *setup, page uffd.Range) { read(s, page); bar(s, page) }, unbar},
+		{"never mapped", nothing, nothing},
+	}
+	s := prepare(t, w, 20, 40, func(s *setup) {
+		for i := range states {
+			s.p.Fill(s.mem.Page(i), 9).Value()
+		}
+		last := int64((len(states) - 1) * os.Getpagesize())
+		if err := punch(s.file, last, int64(os.Getpagesize())); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := s.file.WriteAt(bytes.Repeat([]byte{9}, os.Getpagesize()), last); err != nil {
+			t.Fatal(err)
+		}
+	})
+	m := &s.memory
+	var stores []*uffdtest.Call
+	for i, state := range states {
+		page := s.mem.Page(i)
+		off := int64(i * os.Getpagesize())
+		state.before(s, page)
+		if w.rwp() {
+			if err := m.setMode(0, uffd.FeatureRWPAsync); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if written, err := m.save(off); !written || err != nil {
+			t.Fatalf("save of a page that is %s: %v, %v", state.name, written, err)
+		}
+		state.after(s, page)
+		store := s.p.Store(page.Start, 77)
+		for {
+			if store.Done() {
+				t.Fatalf("a page that is %s was written after it was saved", state.name)
+			}
+			m.uffd.SetReadDeadline(time.Now().Add(10 * time.Millisecond))
+			msg, err := m.uffd.ReadMsg()
+			if errors.Is(err, os.ErrDeadlineExceeded) {
+				continue
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if fault, ok := msg.Pagefault(); ok && fault.Addr == page.Start { // others ask again for pages that have left
+				break
+			}
+		}
+		m.uffd.SetReadDeadline(time.Time{})
+		if err := m.evict(&m.cold); err != nil {
+			t.Fatal(err)
+		}
+		if w.rwp() {
+			if err := m.setMode(uffd.FeatureRWPAsync, 0); err != nil {
+				t.Fatal(err)
+			}
+		}
+		stores = append(stores, store)
+	}
+	m.uffd.Wake(s.mem.Range) // the messages were read
+	s.serve(t)
+	for i, store := range stores {
+		store.Value()
+		if bad := s.p.Check(s.mem.Page(i), 9).Value(); bad != 1 {
+			t.Errorf("a page that was %s: %d bytes differ, want the one that was stored", states[i].name, bad)
+		}
+	}
+	written := 0 // it is in the backing file already
+	if !w.rwp() {
+		written = len(states) // they are taken to differ
+	}
+	if stats := s.Stats(); stats.Written != uint64(written) || stats.Evicted != uint64(len(states)) || stats.Back != stats.Evicted {
+		t.Errorf("%+v", stats)
 	}
 }
 
@@ -183,7 +381,7 @@ const threads = 6
 // "use" has several threads write to words of their own in each page, and look
 // that they are as they left them. It returns how many were not.
 var _ = uffdtest.Handle("use", func(args []uint64) ([]uint64, error) {
-	start, pages, seed, uses, zipf := args[0], args[1], args[2], args[3], args[4] != 0
+	start, pages, seed, uses, zipf, unmap := args[0], args[1], args[2], args[3], args[4] != 0, args[5] != 0
 	page := uint64(os.Getpagesize())
 	var lost atomic.Uint64
 	var all sync.WaitGroup
@@ -205,6 +403,11 @@ var _ = uffdtest.Handle("use", func(args []uint64) ([]uint64, error) {
 					shadow[i] = n<<8 | w
 					binary.NativeEndian.PutUint64(word, shadow[i])
 				}
+				if unmap && random.IntN(8) == 0 { // of shared memory nothing is lost by that
+					if err := unix.Madvise(uffdtest.BytesAt(start+random.Uint64N(pages)*page, page), unix.MADV_DONTNEED); err != nil {
+						panic(err)
+					}
+				}
 			}
 			for i := range pages {
 				if binary.NativeEndian.Uint64(uffdtest.BytesAt(start+i*page+(w*page/threads)&^7, 8)) != shadow[i] {
@@ -218,28 +421,33 @@ var _ = uffdtest.Handle("use", func(args []uint64) ([]uint64, error) {
 })
 
 // TestNothingIsLost has several threads use more memory than may be there.
-func TestNothingIsLost(t *testing.T) {
+func TestNothingIsLost(t *testing.T) { eachWay(t, testNothingIsLost) }
+
+func testNothingIsLost(t *testing.T, w way) {
 	uses := uint64(15_000)
 	if testing.Short() {
-		uses = 2000
+		uses = 1000
 	}
 	for _, c := range []struct {
 		pages, limit int
-		zipf         uint64
+		zipf, unmap  uint64
 	}{
-		{64, 16, 0},
-		{1000, 250, 0},
-		{1000, 250, 1},
-		{3000, 100, 1},
+		{20, 16, 0, 0},
+		{40, 32, 0, 1},
+		{1000, 250, 0, 0},
+		{1000, 250, 1, 0},
+		{1000, 250, 1, 1},
+		{3000, 100, 1, 0},
 	} {
-		t.Run(fmt.Sprintf("%d of %d pages, zipf %d", c.limit, c.pages, c.zipf), func(t *testing.T) {
-			s := start(t, c.pages, c.limit, nil)
+		t.Run(fmt.Sprintf("%d of %d pages, zipf %d, unmapped %d", c.limit, c.pages, c.zipf, c.unmap), func(t *testing.T) {
+			s := start(t, w, c.pages, c.limit, nil)
 			seed := uint64(time.Now().UnixNano())
 			t.Logf("seed %d", seed)
-			call := s.p.Run("use", uint64(s.mem.Start), uint64(c.pages), seed, uses, c.zipf)
+			call := s.p.Run("use", uint64(s.mem.Start), uint64(c.pages), seed, uses, c.zipf, c.unmap)
 			most := 0
 			for !call.Done() {
 				most = max(most, s.held(t))
+				time.Sleep(time.Millisecond) // two processors have enough to do
 			}
 			if lost := call.Value(); lost != 0 {
 				t.Errorf("%d words were lost", lost)
@@ -252,6 +460,9 @@ func TestNothingIsLost(t *testing.T) {
 			if stats.Evicted == 0 || stats.Back == 0 {
 				t.Errorf("nothing was evicted: %+v", stats)
 			}
+			if stats.Kept > 0 != w.rwp() {
+				t.Errorf("%d times a page stayed", stats.Kept)
+			}
 		})
 	}
 }
@@ -259,7 +470,11 @@ func TestNothingIsLost(t *testing.T) {
 // TestSystemCalls has the kernel read and write pages that are not there.
 func TestSystemCalls(t *testing.T) {
 	uffdtest.RequireAllFaults(t)
-	s := start(t, 64, 16, nil)
+	eachWay(t, testSystemCalls)
+}
+
+func testSystemCalls(t *testing.T, w way) {
+	s := start(t, w, 64, 16, nil)
 	s.p.Fill(s.mem.Range, 9).Value()
 	got := make([]byte, s.mem.Len)
 	local := []unix.Iovec{{Base: &got[0]}}
@@ -275,8 +490,10 @@ func TestSystemCalls(t *testing.T) {
 }
 
 // TestDiscarded has the process discard a page that is in memory.
-func TestDiscarded(t *testing.T) {
-	s := start(t, 64, 16, nil)
+func TestDiscarded(t *testing.T) { eachWay(t, testDiscarded) }
+
+func testDiscarded(t *testing.T, w way) {
+	s := start(t, w, 64, 16, nil)
 	s.p.Fill(s.mem.Range, 9).Value()
 	first := s.mem.Page(0)
 	s.p.Load(first.Start).Value() // it comes back, and differs not from the backing file
@@ -297,17 +514,57 @@ func TestDiscarded(t *testing.T) {
 	if bad := s.p.Check(first, 0).Value(); bad != 0 {
 		t.Errorf("after it was evicted: %d bytes are not zero", bad)
 	}
+
+	// One that leaves before it is touched again.
+	second := s.mem.Page(1)
+	s.p.Load(second.Start).Value()
+	s.p.Madvise(second, unix.MADV_REMOVE).Value()
+	for range 2 {
+		for i := 2; i < 64; i++ {
+			s.p.Load(s.mem.Page(i).Start).Value()
+		}
+	}
+	if bad := s.p.Check(second, 0).Value(); bad != 0 {
+		t.Errorf("evicted at once: %d bytes are not zero", bad)
+	}
+}
+
+// TestMprotect has pages leave that the process cannot access just now.
+func TestMprotect(t *testing.T) { eachWay(t, testMprotect) }
+
+func testMprotect(t *testing.T, w way) {
+	const pages, limit, barred = 40, 16, 8
+	s := start(t, w, pages, limit, nil)
+	for i := range barred {
+		s.p.Fill(s.mem.Page(i), 9).Value()
+	}
+	first := uffd.Range{Start: s.mem.Start, Len: barred * s.mem.Page(0).Len}
+	s.p.Mprotect(first, unix.PROT_NONE).Value()
+	for i := barred; i < pages; i++ {
+		s.p.Fill(s.mem.Page(i), 9).Value()
+	}
+	if n := s.held(t); n > limit {
+		t.Errorf("%d pages in memory, limit %d", n, limit)
+	}
+	s.p.Mprotect(first, unix.PROT_READ).Value()
+	for i := range pages {
+		if bad := s.p.Check(s.mem.Page(i), 9).Value(); bad != 0 {
+			t.Errorf("page %d: %d bytes differ", i, bad)
+		}
+	}
 }
 
 // TestBackingFails makes the backing file fail: the process gets a signal, and
 // never wrong bytes.
-func TestBackingFails(t *testing.T) {
-	uffdtest.Require(t, Features|uffd.FeaturePoison)
+func TestBackingFails(t *testing.T) { eachWay(t, testBackingFails) }
+
+func testBackingFails(t *testing.T, w way) {
+	uffdtest.Require(t, uffd.FeaturePoison)
 	p := uffdtest.Start(t)
 	mem, file := mapShared(t, p, 64)
 	backing := backingFile(t)
 	var failures atomic.Int32
-	r, err := New(p.Open(&uffd.Config{Require: Features}), p.Pid, Config{
+	r, err := New(p.Open(&uffd.Config{Require: w.features}), p.Pid, Config{
 		Range: mem.Range, File: file, Backing: backing, Limit: int64(16 * os.Getpagesize()),
 		ErrorHook: func(error) { failures.Add(1) },
 	})

@@ -1,6 +1,7 @@
 package evict
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -8,6 +9,7 @@ import (
 	"sync"
 
 	"github.com/go-uffd/uffd"
+	"github.com/go-uffd/uffd/track"
 )
 
 // A memory is the source of a Region's pages, and the place where they go. All
@@ -27,6 +29,14 @@ type memory struct {
 	left  uint32 // pages that were evicted, so far
 	buf   []byte // of a page
 
+	// With access protection only:
+	pagemap *track.Pagemap // nil: there is none
+	batch   int            // pages that leave together
+	fresh   []uint64       // resident pages that are to be protected soon
+	old     []byte         // of a page in the backing file
+	scan    track.Scan
+	found   [1]track.Region
+
 	mu     sync.Mutex
 	stats  Stats
 	failed error // the last, for the pager's workers
@@ -35,10 +45,15 @@ type memory struct {
 type page struct {
 	left     uint32 // memory.left when it was evicted last; 0: never
 	resident bool
-	dirty    bool // may differ from what the backing file has
+	dirty    bool // may differ from what the backing file has; not known with access protection
 }
 
-// open prepares the files, and finds the pages that exist.
+const (
+	maxBatch = 64
+	chances  = 8 // pages that may stay because they are used, for each that leaves
+)
+
+// open prepares the files.
 func (m *memory) open(f *uffd.File, c *Config) error {
 	m.uffd, m.where, m.backing = f, c.Range, c.Backing
 	m.size = uint64(os.Getpagesize())
@@ -56,15 +71,34 @@ func (m *memory) open(f *uffd.File, c *Config) error {
 		return fmt.Errorf("space for the backing file: %w", err)
 	}
 	var err error
-	if m.file, err = reopen(c.File); err != nil {
-		return err
+	m.file, err = reopen(c.File)
+	return err
+}
+
+// sample prepares for access protection.
+func (m *memory) sample(pid int) (err error) {
+	m.batch = max(1, min(m.room/8, maxBatch))
+	m.fresh = make([]uint64, 0, (1+chances)*m.batch+1)
+	m.old = make([]byte, m.size)
+	m.scan = track.Scan{Mask: track.PageAccessed, Return: track.PageAccessed}
+	m.pagemap, err = track.OpenPagemap(pid)
+	return err
+}
+
+func (m *memory) close() error {
+	if m.pagemap != nil {
+		m.pagemap.Close()
 	}
-	for off := int64(0); off < int64(c.Range.Len); off += int64(m.size) {
+	return m.file.Close()
+}
+
+// find finds the pages that exist.
+func (m *memory) find() (err error) {
+	for off := int64(0); off < m.Size(); off += int64(m.size) {
 		if off, err = nextPage(m.file, off); err != nil {
-			m.file.Close()
 			return err
 		}
-		if off < 0 || off >= int64(c.Range.Len) {
+		if off < 0 || off >= m.Size() {
 			break
 		}
 		i := uint64(off) / m.size
@@ -87,7 +121,7 @@ func (m *memory) count() {
 // shrink evicts what is there beyond the limit.
 func (m *memory) shrink() error {
 	for m.resident() > m.room {
-		if err := m.evict(); err != nil {
+		if err := m.makeRoom(); err != nil {
 			return err
 		}
 	}
@@ -133,7 +167,7 @@ func (m *memory) Borrow(off int64, n int, use func(p []byte) error) error {
 // fetch reads a page from the backing file, after making room for it.
 func (m *memory) fetch(off int64) error {
 	for m.resident() >= m.room {
-		if err := m.evict(); err != nil {
+		if err := m.makeRoom(); err != nil {
 			return err
 		}
 	}
@@ -149,6 +183,12 @@ func (m *memory) at(off int64) uffd.Range {
 // came takes note of a page that is there now.
 func (m *memory) came(i uint64) {
 	p := &m.pages[i]
+	if m.pagemap != nil {
+		if len(m.fresh) >= m.batch {
+			m.protectFresh() // not this one: who has asked for it uses it now
+		}
+		m.fresh = append(m.fresh, i)
+	}
 	back := p.left != 0
 	if back && m.left-p.left < uint32(m.room) {
 		m.hot.push(i)
@@ -156,13 +196,13 @@ func (m *memory) came(i uint64) {
 		m.cold.push(i)
 	}
 	p.resident, p.dirty = true, false
-	m.count()
 	m.mu.Lock()
-	defer m.mu.Unlock()
 	m.stats.Came++
 	if back {
 		m.stats.Back++
 	}
+	m.mu.Unlock()
+	m.count()
 }
 
 // ReadAt is called when Borrow has failed, and says why: bytes that are installed
@@ -188,17 +228,100 @@ func (m *memory) beforeWrite(r uffd.Range) {
 	m.pages[uint64(r.Start-m.where.Start)/m.size].dirty = true
 }
 
-// evict makes room for a page.
-func (m *memory) evict() error {
-	from := &m.cold
-	if m.cold.len() == 0 || 4*m.hot.len() > 3*m.room {
-		from = &m.hot
+// makeRoom makes room for a page, or for several.
+func (m *memory) makeRoom() (err error) {
+	if m.pagemap == nil {
+		return m.evict(m.next())
 	}
+	// From here on, who touches a protected page waits. To switch that takes a lock
+	// on all the memory of the process, so that pages leave several at a time.
+	if err := m.setMode(0, uffd.FeatureRWPAsync); err != nil {
+		return err
+	}
+	defer func() {
+		// It wakes all who wait. They ask again, also for what has left meanwhile.
+		err = errors.Join(err, m.setMode(uffd.FeatureRWPAsync, 0))
+	}()
+	for n, tries := 0, chances*m.batch; n < m.batch; {
+		from := m.next()
+		if i := from.front(); tries > 0 && m.accessed(i) {
+			tries--
+			from.pop()
+			m.hot.push(i)
+			m.fresh = append(m.fresh, i)
+			m.kept()
+			continue
+		}
+		if err := m.evict(from); err != nil {
+			if n > 0 { // there is room; that page is the first to be tried next time
+				return nil
+			}
+			return err
+		}
+		n++
+	}
+	return nil
+}
+
+func (m *memory) setMode(enable, disable uffd.Features) error {
+	err := m.uffd.SetMode(enable, disable)
+	if errors.Is(err, uffd.ErrGone) {
+		return nil
+	}
+	return err
+}
+
+// next returns the queue whose first page is to leave.
+func (m *memory) next() *queue {
+	if m.cold.len() == 0 || 4*m.hot.len() > 3*m.room {
+		return &m.hot
+	}
+	return &m.cold
+}
+
+// accessed reports whether page i was accessed since it was protected. Nothing
+// depends on it but which page leaves.
+func (m *memory) accessed(i uint64) bool {
+	m.scan.Range = m.at(int64(i * m.size))
+	n, _, err := m.pagemap.Scan(&m.scan, m.found[:])
+	return n > 0 && err == nil
+}
+
+func (m *memory) kept() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.stats.Kept++
+}
+
+// protectFresh protects pages so that their use shows from now on. If that fails,
+// they are taken for used; eviction protects for itself.
+func (m *memory) protectFresh() {
+	for i := 0; i < len(m.fresh); {
+		r := m.at(int64(m.fresh[i] * m.size))
+		for i++; i < len(m.fresh) && m.fresh[i] == m.fresh[i-1]+1; i++ {
+			r.Len += m.size
+		}
+		m.uffd.RWProtect(r, uffd.RWProtectRWP)
+	}
+	m.fresh = m.fresh[:0]
+}
+
+// evict evicts the first page of a queue. With access protection FeatureRWPAsync
+// is off meanwhile.
+func (m *memory) evict(from *queue) error {
 	i := from.front()
-	p := &m.pages[i]
 	off := int64(i * m.size)
-	if p.dirty {
-		if err := m.save(off); err != nil {
+	save, written := m.pagemap != nil || m.pages[i].dirty, false
+	if !save {
+		at, err := nextPage(m.file, off)
+		if err != nil {
+			return err
+		}
+		save = at != off // the process has discarded it: it reads zeros
+	}
+	if save {
+		var err error
+		if written, err = m.save(off); err != nil {
 			return err
 		}
 	}
@@ -210,8 +333,7 @@ func (m *memory) evict() error {
 	if m.left == 0 {
 		m.left = 1
 	}
-	written := p.dirty
-	*p = page{left: m.left}
+	m.pages[i] = page{left: m.left}
 	m.count()
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -222,19 +344,34 @@ func (m *memory) evict() error {
 	return nil
 }
 
-// save writes a page to the backing file. It stays protected: what is written to
-// it later than that is a fault, which is not answered before the page is gone.
-func (m *memory) save(off int64) error {
-	if err := m.uffd.WriteProtect(m.at(off), uffd.WriteProtectWP); err != nil && !errors.Is(err, uffd.ErrGone) {
-		return fmt.Errorf("protecting a page: %w", err)
+// save writes a page to the backing file, if that has another. It stays protected:
+// what is written to it later than that is a fault, which is not answered before
+// the page is gone. Access protection has no effect on a page that is not mapped:
+// a minor fault then, which waits just so.
+func (m *memory) save(off int64) (written bool, err error) {
+	if m.pagemap != nil {
+		err = m.uffd.RWProtect(m.at(off), uffd.RWProtectRWP)
+	} else {
+		err = m.uffd.WriteProtect(m.at(off), uffd.WriteProtectWP)
+	}
+	if err != nil && !errors.Is(err, uffd.ErrGone) {
+		return false, fmt.Errorf("protecting a page: %w", err)
 	}
 	if _, err := m.file.ReadAt(m.buf, off); err != nil {
-		return fmt.Errorf("reading a page: %w", err)
+		return false, fmt.Errorf("reading a page: %w", err)
+	}
+	if m.pagemap != nil { // which does not tell who only reads
+		if _, err := m.backing.ReadAt(m.old, off); err != nil {
+			return false, fmt.Errorf("reading the backing file: %w", err)
+		}
+		if bytes.Equal(m.buf, m.old) {
+			return false, nil
+		}
 	}
 	if _, err := m.backing.WriteAt(m.buf, off); err != nil {
-		return fmt.Errorf("writing a page to the backing file: %w", err)
+		return false, fmt.Errorf("writing a page to the backing file: %w", err)
 	}
-	return nil
+	return true, nil
 }
 
 // A queue is first in, first out.

@@ -36,6 +36,7 @@ var excluded = []string{"internal/vm", "internal/debian"}
 type matrix struct {
 	install bool
 	verbose bool
+	store   *store
 	user    int
 	tests   string        // which ones, as -test.run takes it
 	limit   time.Duration // of each package's tests
@@ -58,6 +59,7 @@ func main() {
 	tier := flag.String("tier", "short", "`short` or full: which of the table's kernels")
 	only := flag.String("only", "", "run only the guests whose name has all these `words`, as \"arm64 6.12 16K\"")
 	out := flag.String("o", "", "Markdown `file` to write the results to")
+	kept := flag.String("results", "", "`file` that keeps the results of guests where nothing failed; those are not run again")
 	flag.BoolVar(&m.install, "install", false, "install with apt-get what is missing of QEMU")
 	flag.BoolVar(&m.verbose, "v", false, "print all that the tests print, as it comes")
 	flag.IntVar(&m.user, "user", 0, "`uid` to run the tests as")
@@ -75,6 +77,11 @@ func main() {
 	m.args = flag.Args()
 	if len(m.args) == 0 {
 		m.args = []string{"./..."}
+	}
+	var err error
+	if m.store, err = openStore(*kept); err != nil {
+		fmt.Fprintln(os.Stderr, "matrix:", err)
+		os.Exit(2)
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	runs, err := m.run(ctx, *tier, *only)
@@ -134,6 +141,10 @@ func (m *matrix) run(ctx context.Context, tier, only string) ([]*run, error) {
 		return nil, fmt.Errorf("no guest of the tier %s has the words %q in its name", tier, only)
 	}
 	for _, r := range runs {
+		key := fmt.Sprintf("%s, uid %d, -run %q, %s", r.name(), m.user, m.tests, strings.Join(m.args, " "))
+		if m.store.restore(r, key) {
+			continue
+		}
 		start := time.Now()
 		if err := m.guest(ctx, r); err != nil {
 			if ctx.Err() != nil {
@@ -144,9 +155,12 @@ func (m *matrix) run(ctx context.Context, tier, only string) ([]*run, error) {
 			r.fail("(guest)", "no test passed")
 		}
 		writeFailures(os.Stdout, r)
-		release := cmp.Or(r.release, "did not boot")
+		release := cmp.Or(r.Release, "did not boot")
 		fmt.Printf("%s (%s): %d passed, %d failed, %d skipped in %v; slowest: %s\n", r.name(), release,
 			r.count("PASS"), r.count("FAIL"), r.count("SKIP"), time.Since(start).Round(time.Second), r.slowest())
+		if err := m.store.keep(r, key); err != nil {
+			return nil, err
+		}
 	}
 	return runs, nil
 }
@@ -210,13 +224,13 @@ func (m *matrix) guest(ctx context.Context, r *run) error {
 	err = vm.Run(ctx, config, func(e job.Event) error {
 		switch {
 		case e.Boot != nil:
-			r.release, r.pageSize, r.features = e.Boot.Release, e.Boot.PageSize, e.Boot.Features
+			r.Release, r.PageSize, r.Features = e.Boot.Release, e.Boot.PageSize, e.Boot.Features
 			if e.Boot.Features != r.guest.mask {
 				r.fail("(mask)", fmt.Sprintf("UFFDIO_API offers %#x, the table says %#x %s", e.Boot.Features, r.guest.mask, e.Boot.UffdError))
 			}
 		case e.Start != nil:
-			current = &packageRun{name: binaries[e.Start.Program].name}
-			r.packages = append(r.packages, current)
+			current = &packageRun{Name: binaries[e.Start.Program].name}
+			r.Packages = append(r.Packages, current)
 			console.to = &current.output
 		case e.Exit != nil:
 			current.exit(e.Exit, m.user == 0)

@@ -1,6 +1,8 @@
 package main
 
 import (
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -58,8 +60,8 @@ const stream = "\x16=== RUN   TestA\n" +
 
 func results(o *output) string {
 	var s []string
-	for _, t := range o.tests {
-		s = append(s, t.name+" "+t.result)
+	for _, t := range o.Tests {
+		s = append(s, t.Name+" "+t.Result)
 	}
 	return strings.Join(s, ", ")
 }
@@ -78,7 +80,7 @@ func TestOutput(t *testing.T) {
 		if got, want := o.byName["TestB/z"].reason(), "missing: POISON (Linux 6.6)"; got != want {
 			t.Errorf("reason %q, want %q", got, want)
 		}
-		log := strings.Join(o.byName["TestB/x_y"].log, "|")
+		log := strings.Join(o.byName["TestB/x_y"].Log, "|")
 		if want := "dots...|    b_test.go:11: wrong:|        byte 3"; log != want {
 			t.Errorf("log %q, want %q", log, want)
 		}
@@ -139,7 +141,7 @@ func TestExit(t *testing.T) {
 		if got := results(&p.output); got != test.want {
 			t.Errorf("%s: %s, want %s", test.name, got, test.want)
 		}
-		if log := strings.Join(p.tests[len(p.tests)-1].log, "\n"); !strings.Contains(log, test.says) {
+		if log := strings.Join(p.Tests[len(p.Tests)-1].Log, "\n"); !strings.Contains(log, test.says) {
 			t.Errorf("%s: log %q does not say %q", test.name, log, test.says)
 		}
 	}
@@ -147,10 +149,10 @@ func TestExit(t *testing.T) {
 
 func TestReport(t *testing.T) {
 	parse := func(name string, g guest, release string) *run {
-		r := &run{guest: &g, release: release, pageSize: 4096, features: g.mask}
-		p := &packageRun{name: name}
+		r := &run{guest: &g, Release: release, PageSize: 4096, Features: g.mask}
+		p := &packageRun{Name: name}
 		p.Write([]byte(stream))
-		r.packages = append(r.packages, p)
+		r.Packages = append(r.Packages, p)
 		return r
 	}
 	runs := []*run{
@@ -185,5 +187,49 @@ func TestHasWords(t *testing.T) {
 		if got := r.hasWords(words); got != want {
 			t.Errorf("%q: %v", words, got)
 		}
+	}
+}
+
+// Guests that are kept are not run again; those with failures are not kept.
+func TestStore(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "results.json")
+	s, err := openStore(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	good := &run{guest: &guests[0], Release: "6.1.0-50", PageSize: 4096, Features: 0x1fff}
+	p := &packageRun{Name: "."}
+	p.Write([]byte("\x16=== RUN   TestA\n    a_test.go:1: missing: x\n\x16--- SKIP: TestA (0.00s)\n"))
+	good.Packages = append(good.Packages, p)
+	bad := &run{guest: &guests[1]}
+	bad.fail("(guest)", "did not boot")
+	for key, r := range map[string]*run{"good": good, "bad": bad} {
+		if err := s.keep(r, key); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if s, err = openStore(file); err != nil {
+		t.Fatal(err)
+	}
+	again := &run{guest: &guests[0]}
+	if s.restore(again, "bad") || s.restore(again, "other") || !s.restore(again, "good") {
+		t.Error("it is not the good one that was kept")
+	}
+	var want, got strings.Builder
+	for _, w := range []struct {
+		to *strings.Builder
+		r  *run
+	}{{&want, good}, {&got, again}} {
+		writeTable(w.to, []*run{w.r})
+		writeSkips(w.to, []*run{w.r})
+	}
+	if got.String() != want.String() {
+		t.Errorf("kept\n%s\nwant\n%s", &got, &want)
+	}
+	if err := os.WriteFile(file, []byte("{"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := openStore(file); err == nil {
+		t.Error("a file that was cut off is taken")
 	}
 }

@@ -12,15 +12,15 @@ import (
 
 // A test is one test or subtest, in one package on one guest.
 type test struct {
-	name   string
-	result string // "PASS", "FAIL", "SKIP", or "" while it runs
-	log    []string
+	Name   string
+	Result string // "PASS", "FAIL", "SKIP", or "" while it runs
+	Log    []string
 }
 
 // An output reads what a test binary prints with -test.v=test2json, where
 // lines of the framework's own begin with a control character.
 type output struct {
-	tests   []*test
+	Tests   []*test
 	byName  map[string]*test
 	current *test
 	last    []string // lines, whosever they are
@@ -51,7 +51,7 @@ func (o *output) line(line string) {
 	// What a test printed without a line end stands before the marker.
 	text, event, ok := strings.Cut(line, string(rune(marker)))
 	if text != "" && o.current != nil {
-		o.current.log = append(o.current.log, text)
+		o.current.Log = append(o.current.Log, text)
 	}
 	if !ok {
 		return
@@ -71,7 +71,7 @@ func (o *output) line(line string) {
 		switch result {
 		case "PASS", "FAIL", "SKIP":
 			t := o.test(name)
-			t.result = result
+			t.Result = result
 			o.current = t // what it logged may follow
 		}
 	}
@@ -83,30 +83,30 @@ func (o *output) test(name string) *test {
 	}
 	t := o.byName[name]
 	if t == nil {
-		t = &test{name: name}
+		t = &test{Name: name}
 		if o.byName == nil {
 			o.byName = make(map[string]*test)
 		}
 		o.byName[name] = t
-		o.tests = append(o.tests, t)
+		o.Tests = append(o.Tests, t)
 	}
 	return t
 }
 
 // exit judges the program's end, of one that was run as root or not.
 func (p *packageRun) exit(e *job.Exit, root bool) {
-	p.elapsed = e.Elapsed
+	p.Elapsed = e.Elapsed
 	reason := fmt.Sprintf("exit status %d after %v", e.Code, e.Elapsed.Round(time.Millisecond))
 	if e.TimedOut {
 		reason += ", past its time limit"
 	}
 	p.finish(e.Code != 0 || e.TimedOut, reason)
-	for _, t := range p.tests {
+	for _, t := range p.Tests {
 		// These guests keep nothing from root.
 		missing, _ := strings.CutPrefix(t.reason(), "missing: ")
-		if root && t.result == "SKIP" && (missing == "root" || strings.HasPrefix(missing, "permission")) {
-			t.result = "FAIL"
-			t.log = append(t.log, "skipped for lack of what root has")
+		if root && t.Result == "SKIP" && (missing == "root" || strings.HasPrefix(missing, "permission")) {
+			t.Result = "FAIL"
+			t.Log = append(t.Log, "skipped for lack of what root has")
 		}
 	}
 }
@@ -119,19 +119,19 @@ func (o *output) finish(failed bool, reason string) {
 		o.line(string(o.partial))
 		o.partial = nil
 	}
-	for _, t := range o.tests {
-		if t.result == "" {
-			t.result = "FAIL"
-			t.log = append(t.log, "not ended: "+reason)
+	for _, t := range o.Tests {
+		if t.Result == "" {
+			t.Result = "FAIL"
+			t.Log = append(t.Log, "not ended: "+reason)
 		}
-		if t.result == "SKIP" && !strings.HasPrefix(t.reason(), "missing: ") {
-			t.result = "FAIL"
-			t.log = append(t.log, "skipped without saying what is missing")
+		if t.Result == "SKIP" && !strings.HasPrefix(t.reason(), "missing: ") {
+			t.Result = "FAIL"
+			t.Log = append(t.Log, "skipped without saying what is missing")
 		}
 	}
-	failed = failed || len(o.tests) == 0
-	for _, t := range o.tests {
-		if t.result == "FAIL" {
+	failed = failed || len(o.Tests) == 0
+	for _, t := range o.Tests {
+		if t.Result == "FAIL" {
 			failed = false
 		}
 	}
@@ -139,8 +139,8 @@ func (o *output) finish(failed bool, reason string) {
 		return
 	}
 	t := o.test("(program)")
-	t.result = "FAIL"
-	t.log = append(o.last, reason)
+	t.Result = "FAIL"
+	t.Log = append(o.last, reason)
 }
 
 // position is the place in the source at the beginning of what a test logs.
@@ -148,8 +148,8 @@ var position = regexp.MustCompile(`^\s*\S+\.go:\d+: `)
 
 // reason is why a test was skipped: the last it logged.
 func (t *test) reason() string {
-	for i := len(t.log) - 1; i >= 0; i-- {
-		line := t.log[i]
+	for i := len(t.Log) - 1; i >= 0; i-- {
+		line := t.Log[i]
 		if position.MatchString(line) {
 			return strings.TrimSpace(position.ReplaceAllString(line, ""))
 		}

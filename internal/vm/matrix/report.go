@@ -13,34 +13,35 @@ import (
 
 // A run is what came out of one guest.
 type run struct {
-	guest    *guest
-	machine  *vm.Machine
-	release  string // uname -r, or "" if it did not boot
-	pageSize int
-	features uint64
-	packages []*packageRun
+	guest   *guest
+	machine *vm.Machine
+
+	Release  string // uname -r, or "" if it did not boot
+	PageSize int
+	Features uint64
+	Packages []*packageRun
 }
 
 // A packageRun is one package's tests on one guest.
 type packageRun struct {
-	name    string // the package's path inside the module
-	elapsed time.Duration
+	Name    string // the package's path inside the module
+	Elapsed time.Duration
 	output
 }
 
 // fail adds a failure that is none of a single test's.
 func (r *run) fail(name, reason string) {
-	p := &packageRun{name: name}
-	p.output.test(name).result = "FAIL"
-	p.output.test(name).log = strings.Split(reason, "\n")
-	r.packages = append(r.packages, p)
+	p := &packageRun{Name: name}
+	p.output.test(name).Result = "FAIL"
+	p.output.test(name).Log = strings.Split(reason, "\n")
+	r.Packages = append(r.Packages, p)
 }
 
 func (r *run) count(result string) int {
 	n := 0
-	for _, p := range r.packages {
-		for _, t := range p.tests {
-			if t.result == result {
+	for _, p := range r.Packages {
+		for _, t := range p.Tests {
+			if t.Result == result {
 				n++
 			}
 		}
@@ -65,11 +66,11 @@ func (r *run) name() string {
 
 // slowest names the packages that took the longest.
 func (r *run) slowest() string {
-	packages := slices.Clone(r.packages)
-	slices.SortStableFunc(packages, func(a, b *packageRun) int { return cmp.Compare(b.elapsed, a.elapsed) })
+	packages := slices.Clone(r.Packages)
+	slices.SortStableFunc(packages, func(a, b *packageRun) int { return cmp.Compare(b.Elapsed, a.Elapsed) })
 	var names []string
 	for _, p := range packages[:min(3, len(packages))] {
-		names = append(names, fmt.Sprintf("%s %v", p.name, p.elapsed.Round(time.Second)))
+		names = append(names, fmt.Sprintf("%s %v", p.Name, p.Elapsed.Round(time.Second)))
 	}
 	return strings.Join(names, ", ")
 }
@@ -98,8 +99,8 @@ func writeTable(w io.Writer, runs []*run) {
 			arch += ", " + r.guest.cpu
 		}
 		release, pages, features := r.guest.kernel+" (did not boot)", "", ""
-		if r.release != "" {
-			release, pages, features = r.release, fmt.Sprintf("%dK", r.pageSize>>10), fmt.Sprintf("%#x", r.features)
+		if r.Release != "" {
+			release, pages, features = r.Release, fmt.Sprintf("%dK", r.PageSize>>10), fmt.Sprintf("%#x", r.Features)
 		}
 		fmt.Fprintf(w, "| %s | %s | %s | %s | %d | %d | %d |\n", release, arch, pages, features,
 			r.count("PASS"), r.count("SKIP"), r.count("FAIL"))
@@ -112,10 +113,10 @@ func writeSkips(w io.Writer, runs []*run) {
 	type skip struct{ reason, test string }
 	where := make(map[skip][]string)
 	for _, r := range runs {
-		for _, p := range r.packages {
-			for _, t := range p.tests {
-				if t.result == "SKIP" {
-					s := skip{t.reason(), p.name + " " + t.name}
+		for _, p := range r.Packages {
+			for _, t := range p.Tests {
+				if t.Result == "SKIP" {
+					s := skip{t.reason(), p.Name + " " + t.Name}
 					where[s] = append(where[s], r.name())
 				}
 			}
@@ -145,13 +146,13 @@ func writeSkips(w io.Writer, runs []*run) {
 
 // writeFailures writes what failed and what it said.
 func writeFailures(w io.Writer, r *run) {
-	for _, p := range r.packages {
-		for _, t := range p.tests {
-			if t.result == "FAIL" {
-				fmt.Fprintf(w, "FAIL %s: %s %s\n", r.name(), p.name, t.name)
+	for _, p := range r.Packages {
+		for _, t := range p.Tests {
+			if t.Result == "FAIL" {
+				fmt.Fprintf(w, "FAIL %s: %s %s\n", r.name(), p.Name, t.Name)
 				const enough = 200
-				for i, line := range t.log {
-					if i < enough || i == len(t.log)-1 {
+				for i, line := range t.Log {
+					if i < enough || i == len(t.Log)-1 {
 						fmt.Fprintf(w, "    %s\n", line)
 					} else if i == enough {
 						fmt.Fprintln(w, "    ...")

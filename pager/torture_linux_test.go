@@ -335,6 +335,11 @@ func (k *torture) run(t *testing.T, random *rand.Rand) {
 	}
 	k.contents = contents(k.threads*k.pages, k.kind.PageSize())
 	k.pager.RetryFor = uffdtest.Patience
+	if k.kind.Shared() && !k.memory {
+		// A neighbour of what a child has asked for could come when the child is
+		// gone, and its parent has discarded that page.
+		k.pager.FaultAround = k.kind.PageSize()
+	}
 	var reports atomic.Uint64
 	k.pager.ErrorHook = func(_ *pager.Client, err error) {
 		if reports.Add(1) < 10 {

@@ -1011,7 +1011,6 @@ func TestKernelFaults(t *testing.T) {
 	}
 	t.Run("user", func(t *testing.T) {
 		uffdtest.RequireUserFaults(t)
-		uffdtest.KernelFault.Avoid(t)
 		p := uffdtest.Start(t)
 		mem := p.Map(uffdtest.Anon, 1)
 		f := p.Open(&uffd.Config{Faults: uffd.UserFaults})

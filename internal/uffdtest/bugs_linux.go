@@ -69,12 +69,6 @@ var (
 		Here:  func() bool { return kernelIn("6.6", "") && strings.HasPrefix(runtime.GOARCH, "mips") },
 		Fatal: true,
 	}
-	// KernelFault: not on 6.1, the kernel before that was tried.
-	KernelFault = &Bug{
-		What:  "a system call that touches a missing page is an Oops, if only faults of user mode are trapped",
-		Here:  func() bool { return kernelIn("6.2", "") && strings.HasPrefix(runtime.GOARCH, "mips") },
-		Fatal: true,
-	}
 	PoisonHugetlb = &Bug{
 		What:  "a poisoned page of hugetlb memory is an Oops",
 		Here:  func() bool { return kernelIn("6.6", "") && runtime.GOARCH == "arm" },
@@ -85,7 +79,7 @@ var (
 		Here:  func() bool { return kernelIn("7.0", "") && runtime.GOARCH == "arm" },
 		Fatal: true,
 	}
-	Bugs = []*Bug{FalseWP, FalseAPI, PageForExact, ForkedWPHugetlb, MoveOnShmem, SetModeWithoutRWP, LostWaiter, UncountedMove, PoisonBug, KernelFault, PoisonHugetlb, HugetlbUnmap}
+	Bugs = []*Bug{FalseWP, FalseAPI, PageForExact, ForkedWPHugetlb, MoveOnShmem, SetModeWithoutRWP, LostWaiter, UncountedMove, PoisonBug, PoisonHugetlb, HugetlbUnmap}
 )
 
 // Avoid skips t on kernels that have the bug.

@@ -128,7 +128,7 @@ func workloads(quick bool) []*workload {
 	}
 	for _, kib := range []int{4, 64, 2048} {
 		w := &workload{name: fmt.Sprintf("bulk-%d", kib), title: fmt.Sprintf("fill, %d KiB at a time", kib), bandwidth: true,
-			client: with(size, "op=bulk"), clientCPUs: one, handlerCPUs: one, turns: 9,
+			client: with(size, "op=bulk"), clientCPUs: one, handlerCPUs: one, turns: 25,
 			servers: []server{bulk(plainC, kib<<10), bulk(bareLoop, kib<<10)}}
 		switch kib {
 		case 64:

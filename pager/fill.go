@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -315,7 +316,10 @@ func (c *Client) fillBytes(r *region, first, n uint64, bytes []byte, w wanted) e
 		var err error
 		if file.has(r, first) {
 			if err = c.mapMemory(r, first, 1, w); errors.Is(err, syscall.EFAULT) {
-				err = c.writeMemory(r, first, 1, nil, w) // it was discarded since
+				// It was discarded since. Somebody without faults may write to it now.
+				if err = makeZeros(r.memoryAt(first, 1)); err == nil {
+					err = c.mapMemory(r, first, 1, w)
+				}
 			}
 		} else {
 			for k < n && !file.has(r, first+k) {
@@ -367,6 +371,19 @@ func (c *Client) mapMemory(r *region, first, n uint64, w wanted) error {
 	}
 	return c.fill(r, first, n, nil, w)
 }
+
+// makeZeros has the kernel make a page of zeros where shared memory has a hole.
+func makeZeros(page []byte) (err error) {
+	defer func() {
+		if v := recover(); v != nil {
+			err = fmt.Errorf("pager: reading shared memory: %v: %w", v, syscall.EFAULT)
+		}
+	}()
+	touched.Store(uint32(page[0]))
+	return nil
+}
+
+var touched atomic.Uint32
 
 // write copies src to dst, or sets it to zero. Neither may be there: the one can
 // be a file that was truncated, the other on a file system that is full.

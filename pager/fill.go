@@ -285,7 +285,10 @@ func (c *Client) fillLent(r *region, first, n uint64, w wanted) (lentErr, err er
 	*l = lent{r: r, first: first, n: n, wanted: w}
 	lentErr = source.Borrow(r.source, r.sourceOffset(first), int(n*r.pageSize), c.loop.use)
 	l.r = nil
-	if lentErr == nil && !l.used {
+	switch {
+	case l.used:
+		lentErr = nil // it may be what use returned
+	case lentErr == nil:
 		lentErr = source.ErrNotInMemory
 	}
 	return lentErr, l.err
@@ -298,7 +301,7 @@ func (c *Client) useLent(bytes []byte) error {
 	}
 	l.used = true
 	l.err = c.fillBytes(l.r, l.first, l.n, bytes, l.wanted)
-	return nil
+	return l.err // a source may want to know
 }
 
 // fillBytes installs n pages with the contents of bytes, or of zeros if that is

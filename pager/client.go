@@ -103,10 +103,6 @@ func (c *Client) Serve(ctx context.Context) error {
 		f.start(member)
 	}
 	f.mu.Unlock()
-	if l := c.ledger; l != nil && l.lost > 0 {
-		l.lost = 0
-		c.report(ErrChildrenLost)
-	}
 
 	f.running.Wait()
 	f.mu.Lock()

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -284,7 +285,10 @@ func (c *Client) fillLent(r *region, first, n uint64, w wanted) (lentErr, err er
 	*l = lent{r: r, first: first, n: n, wanted: w}
 	lentErr = source.Borrow(r.source, r.sourceOffset(first), int(n*r.pageSize), c.loop.use)
 	l.r = nil
-	if lentErr == nil && !l.used {
+	switch {
+	case l.used:
+		lentErr = nil // it may be what use returned
+	case lentErr == nil:
 		lentErr = source.ErrNotInMemory
 	}
 	return lentErr, l.err
@@ -297,7 +301,7 @@ func (c *Client) useLent(bytes []byte) error {
 	}
 	l.used = true
 	l.err = c.fillBytes(l.r, l.first, l.n, bytes, l.wanted)
-	return nil
+	return l.err // a source may want to know
 }
 
 // fillBytes installs n pages with the contents of bytes, or of zeros if that is
@@ -315,7 +319,10 @@ func (c *Client) fillBytes(r *region, first, n uint64, bytes []byte, w wanted) e
 		var err error
 		if file.has(r, first) {
 			if err = c.mapMemory(r, first, 1, w); errors.Is(err, syscall.EFAULT) {
-				err = c.writeMemory(r, first, 1, nil, w) // it was discarded since
+				// It was discarded since. Somebody without faults may write to it now.
+				if err = makeZeros(r.memoryAt(first, 1)); err == nil {
+					err = c.mapMemory(r, first, 1, w)
+				}
 			}
 		} else {
 			for k < n && !file.has(r, first+k) {
@@ -367,6 +374,19 @@ func (c *Client) mapMemory(r *region, first, n uint64, w wanted) error {
 	}
 	return c.fill(r, first, n, nil, w)
 }
+
+// makeZeros has the kernel make a page of zeros where shared memory has a hole.
+func makeZeros(page []byte) (err error) {
+	defer func() {
+		if v := recover(); v != nil {
+			err = fmt.Errorf("pager: reading shared memory: %v: %w", v, syscall.EFAULT)
+		}
+	}()
+	touched.Store(uint32(page[0]))
+	return nil
+}
+
+var touched atomic.Uint32
 
 // write copies src to dst, or sets it to zero. Neither may be there: the one can
 // be a file that was truncated, the other on a file system that is full.

@@ -26,6 +26,8 @@ type loop struct {
 	done     []*job       // of them, those that are read
 	tasks    []*task      // of Populate
 	again    []pending    // the kernel said EAGAIN
+	trying   []pending    // of them, those that retry tries
+	orphaned error        // why children of a batch are not served
 	retryAt  time.Duration
 	tries    int // in a row that ended with EAGAIN
 	troubles map[uffd.Addr]trouble
@@ -95,6 +97,10 @@ func (c *Client) serve(ctx context.Context) error {
 	l.ticker = time.AfterFunc(tickEvery, c.tick)
 	defer l.ticker.Stop()
 	l.ctx, l.armed = ctx, unarmed
+	if c.ledger != nil && c.ledger.lost > 0 {
+		c.ledger.lost = 0
+		c.report(ErrChildrenLost)
+	}
 	for {
 		if err := ctx.Err(); err != nil {
 			return err
@@ -228,6 +234,10 @@ func (c *Client) batch(msgs []uffd.Msg) {
 			c.unregister()
 		}
 	}
+	if err := c.loop.orphaned; err != nil { // not before all events are applied
+		c.loop.orphaned = nil
+		c.report(err)
+	}
 	if events == len(msgs) {
 		return
 	}
@@ -291,10 +301,11 @@ func (c *Client) retry(t time.Duration) {
 	l := &c.loop
 	tries := l.tries
 	again := l.again
-	l.again = nil
+	l.again, l.trying = nil, again
 	for _, p := range again {
 		c.attempt(p, t)
 	}
+	l.trying = nil
 	done := l.done
 	l.done = l.done[:0]
 	for _, j := range done {
@@ -366,7 +377,7 @@ func (c *Client) fork(m *uffd.Msg) {
 		if fd, ok := m.Fork(); ok {
 			closeFD(fd)
 		}
-		c.report(fmt.Errorf("pager: a child cannot be served: %w", err))
+		c.loop.orphaned = errors.Join(c.loop.orphaned, fmt.Errorf("pager: a child cannot be served: %w", err))
 		return
 	}
 	child := &Client{pager: c.pager, file: file, files: c.files, counters: c.counters, family: c.family}
@@ -429,11 +440,32 @@ func (c *Client) abandon() {
 	for _, t := range l.tasks {
 		t.end(errServeEnded)
 	}
-	l.jobs, l.done, l.tasks, l.again = nil, nil, nil, nil
+	// Faults outside of all regions: the last that were read may not be resolved, if a
+	// function of the caller has ended this goroutine.
+	for _, p := range slices.Concat(l.again, l.trying) {
+		c.wakeFault(p.Addr)
+	}
+	msgs := l.msgs[:]
+	if c.ledger != nil {
+		msgs = c.ledger.head.msgs[:]
+	}
+	for i := range msgs {
+		if f, ok := msgs[i].Pagefault(); ok {
+			c.wakeFault(f.Addr)
+		}
+	}
+	if c.ledger != nil {
+		c.ledger.clear() // its events are applied
+	}
+	l.jobs, l.done, l.tasks, l.again, l.trying = nil, nil, nil, nil, nil
 	clear(l.troubles)
 	for _, r := range l.regions {
 		c.file.Wake(r.Range)
 	}
+}
+
+func (c *Client) wakeFault(a uffd.Addr) {
+	c.file.Wake(uffd.Range{Start: a &^ (systemPage - 1), Len: uint64(systemPage)})
 }
 
 // probe finds out whether the process lives: of a page that nobody registers the

@@ -61,7 +61,7 @@ func TestForkFails(t *testing.T) {
 	var number [8]byte
 	binary.NativeEndian.PutUint32(number[:], uint32(fd))
 	m := event(uffd.EventFork, binary.NativeEndian.Uint64(number[:]))
-	c.event(&m)
+	c.batch([]uffd.Msg{m})
 	if reports != 1 {
 		t.Errorf("%d reports, want 1", reports)
 	}

@@ -358,6 +358,14 @@ func (c *Client) leave() error {
 			}
 		}
 	}
+	for _, r := range c.loop.regions {
+		if r.memory != nil { // from now on nobody says what becomes of it: it is not to be written
+			file := c.files[r.home]
+			file.mu.Lock()
+			file.add(r, 0, r.pages())
+			file.mu.Unlock()
+		}
+	}
 	c.loop.graduated = true
 	return c.unregister()
 }

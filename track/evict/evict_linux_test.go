@@ -643,3 +643,32 @@ func TestNewErrors(t *testing.T) {
 	}
 	_ = other
 }
+
+// A page that is discarded as soon as it has come back, by the thread that waited for
+// it, does not come back once more.
+func TestDiscardedAtOnce(t *testing.T) {
+	s := prepare(t, ways[0], 64, 16, nil)
+	ctx, cancel := context.WithCancel(t.Context())
+	served := make(chan error, 1)
+	go func() { served <- s.Serve(ctx) }()
+	s.p.Fill(s.mem.Range, 9).Value()
+	cancel()
+	<-served
+	page := s.mem.Page(0) // it has left
+	s.memory.Borrow(0, os.Getpagesize(), func(p []byte) error {
+		if p[0] != 9 {
+			t.Fatalf("the page holds %d", p[0])
+		}
+		_, err := s.memory.uffd.Copy(page.Start, p, uffd.CopyWP)
+		if err == nil { // before the pager goes on
+			s.p.Madvise(page, unix.MADV_REMOVE).Value()
+		}
+		return err
+	})
+	go func() { served <- s.Serve(t.Context()) }()
+	if bad := s.p.Check(page, 0).Value(); bad != 0 {
+		t.Errorf("%d bytes of what was discarded are back", bad)
+	}
+	s.p.Kill()
+	<-served
+}

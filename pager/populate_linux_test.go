@@ -275,3 +275,47 @@ func TestPopulateGoneChild(t *testing.T) {
 	}
 	s.noErrors(t)
 }
+
+// What a process that has graduated writes to memory that it had discarded stays,
+// while a child is populated, or found to be gone.
+func TestGraduateShared(t *testing.T) {
+	uffdtest.RequireEventFork(t)
+	uffdtest.Require(t, uffd.FeatureMinorShmem)
+	for _, dies := range []bool{false, true} {
+		t.Run(map[bool]string{false: "lives", true: "gone"}[dies], func(t *testing.T) {
+			const pages = 4
+			proc := uffdtest.Start(t)
+			mem := proc.Map(uffdtest.Shmem, pages)
+			f := proc.Open(events)
+			register(t, f, mem.Range, uffd.RegisterMissing|uffd.RegisterMinor)
+			gate := make(chan struct{})
+			r := region(mem, slow{source.FromBytes(image(mem.Kind, pages)), map[int64]chan struct{}{int64(pageSize): gate}})
+			r.Memory = attachMemory(t, proc, mem)
+			s := serve(t, proc, f, &pager.Pager{FaultAround: 1}, r)
+			child := s.Fork(uffdtest.Step{Op: uffdtest.StepLoad, Args: [6]uint64{uint64(mem.Start)}}, uffdtest.Step{Op: uffdtest.StepGate})
+			eventually(t, "the child has loaded", func() bool { return r.Memory[0] == 1 })
+			s.Madvise(mem.Page(1), unix.MADV_REMOVE).Value()
+			graduated := make(chan error, 1)
+			go func() { graduated <- s.client.Graduate(t.Context(), nil) }()
+			// 1 by the child, 2 and 3 by its parent, then the child's.
+			eventually(t, "the child is populated", func() bool { return s.client.Stats().Reads >= 4 })
+			store := s.Store(mem.Page(1).Start, 7)
+			store.Value()
+			if dies {
+				s.OpenGate()
+				child.Result()
+			}
+			close(gate)
+			if err := <-graduated; err != nil {
+				t.Log(err)
+			}
+			if b := s.Load(mem.Page(1).Start).Value(); b != 7 {
+				t.Errorf("the page holds %d, 7 was written", b)
+			}
+			if !dies {
+				s.OpenGate()
+				child.Result()
+			}
+		})
+	}
+}

@@ -180,3 +180,29 @@ func TestSeenAgain(t *testing.T) {
 		}
 	}
 }
+
+// A copy that faults and is done in another way has not swallowed anything.
+func TestTryCopy(t *testing.T) {
+	data := bytes.Repeat([]byte{7}, 3*os.Getpagesize())
+	m, err := New(source.FromBytes(data), &Config{Window: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	if err := m.Populate(t.Context(), 0, 1, nil); err != nil {
+		t.Fatal(err)
+	}
+	err = m.Do(func(mem []byte) error {
+		b := []byte{0}
+		if !tryCopy(b, mem) || b[0] != 7 {
+			t.Errorf("what is there: copied %d", b)
+		}
+		if tryCopy(b, mem[2*os.Getpagesize():]) {
+			t.Errorf("what is missing: copied %d", b)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Error(err)
+	}
+}

@@ -394,12 +394,7 @@ func DoAs[T Scalar](m *Memory, f func(s []T) error) error {
 func (m *Memory) ReadAt(p []byte, off int64) (n int, err error) {
 	n, err = m.prepare(p, off)
 	if n > 0 {
-		p := p[:n]
-		fault := m.run(func(mem []byte) error {
-			copy(p, mem[off:])
-			return nil
-		})
-		if fault != nil {
+		if fault := m.copy(p[:n], off, false); fault != nil {
 			return 0, fault
 		}
 	}
@@ -415,12 +410,7 @@ func (m *Memory) ReadAt(p []byte, off int64) (n int, err error) {
 func (m *Memory) WriteAt(p []byte, off int64) (n int, err error) {
 	n, err = m.prepare(p, off)
 	if n > 0 {
-		p := p[:n]
-		fault := m.run(func(mem []byte) error {
-			copy(mem[off:], p)
-			return nil
-		})
-		if fault != nil {
+		if fault := m.copy(p[:n], off, true); fault != nil {
 			return 0, fault
 		}
 	}

@@ -63,6 +63,37 @@ func (m *Memory) try(f func(mem []byte) error) (fault int, err error) {
 	return -1, err
 }
 
+// copy copies between p and the memory at off.
+func (m *Memory) copy(p []byte, off int64, write bool) error {
+	dst, src := p, m.mem[off:m.size]
+	if write {
+		dst, src = src, p
+	}
+	if tryCopy(dst, src) {
+		return nil
+	}
+	return m.run(func([]byte) error {
+		copy(dst, src)
+		return nil
+	})
+}
+
+// tryCopy is try for what does not fault as a rule, and has nobody to swallow a
+// fault. It reports false if there was one, whosever.
+func tryCopy(dst, src []byte) (ok bool) {
+	last := lastFault()
+	outer := peek(last)
+	old := debug.SetPanicOnFault(true)
+	defer func() {
+		debug.SetPanicOnFault(old)
+		if !ok && recover() != nil {
+			poke(last, outer)
+		}
+	}()
+	copy(dst, src)
+	return true
+}
+
 // offset returns where in the memory an address is, or -1.
 func (m *Memory) offset(addr uintptr) int {
 	if addr-m.base < uintptr(len(m.mem)) {

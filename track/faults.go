@@ -21,8 +21,9 @@ import (
 type faults struct {
 	file    *uffd.File
 	pagemap *Pagemap
-	areas   []area // sorted
-	zeros   []byte // a page
+	areas   []area        // sorted
+	zeros   []byte        // a page
+	booked  chan struct{} // what was read before this was sent is booked
 	done    chan struct{}
 
 	// mu makes a change of a page's bit and of its protection one step.
@@ -75,7 +76,8 @@ func startFaults(f *uffd.File, pagemap *Pagemap, pid int, ranges []uffd.Range) (
 			a.leaving = make([]uint64, words)
 		}
 	}
-	s := &faults{file: f, pagemap: pagemap, areas: areas, zeros: make([]byte, pageSize()), done: make(chan struct{})}
+	s := &faults{file: f, pagemap: pagemap, areas: areas, zeros: make([]byte, pageSize()),
+		booked: make(chan struct{}, 1), done: make(chan struct{})}
 	go s.answer()
 	if err := s.protect(); err != nil {
 		s.fail(err)
@@ -184,6 +186,10 @@ func (s *faults) answer() {
 	msgs := make([]uffd.Msg, 16)
 	var waiting []uffd.Pagefault
 	for {
+		select {
+		case s.booked <- struct{}{}:
+		default:
+		}
 		var deadline time.Time
 		if len(waiting) > 0 {
 			deadline = time.Now().Add(retryDelay)
@@ -281,11 +287,33 @@ func (s *faults) discarded(r uffd.Range) {
 	}
 }
 
+// settle waits until all that was read is booked: who discards pages goes on when
+// that is read.
+func (s *faults) settle() {
+	select {
+	case <-s.booked: // of before
+	default:
+	}
+	for {
+		if s.file.SetReadDeadline(time.Unix(1, 0)) != nil { // answer may set another at any time
+			return
+		}
+		select {
+		case <-s.booked:
+			return
+		case <-s.done:
+			return
+		case <-time.After(retryDelay):
+		}
+	}
+}
+
 // maxRun bounds how long faults wait for a collection, in pages.
 const maxRun = 512
 
 // collect reports false if yield did.
 func (s *faults) collect(yield body) (more bool, err error) {
+	s.settle()
 	for j := range s.areas {
 		a := &s.areas[j]
 		for i := uint64(0); i < a.pages(); {

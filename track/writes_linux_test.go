@@ -173,6 +173,31 @@ func TestWrites(t *testing.T) {
 	})
 }
 
+// Who discards pages goes on as soon as that is read. A collection waits until it
+// is booked.
+func TestCollectDiscarded(t *testing.T) {
+	require(t, Sync, uffdtest.Anon)
+	p := uffdtest.Start(t)
+	mem := p.Map(uffdtest.Anon, 4)
+	p.Fill(mem.Range, 1).Value()
+	w := startWrites(t, openIn(p, Sync), p.Pid, mem.Range)
+	w.faults.mu.Lock() // nothing is booked
+	p.Madvise(mem.Page(1), unix.MADV_DONTNEED).Value()
+	settled := make(chan struct{})
+	go func() {
+		w.faults.settle()
+		close(settled)
+	}()
+	select {
+	case <-settled:
+		t.Error("what was read is not booked, and is not waited for")
+	case <-time.After(20 * time.Millisecond):
+	}
+	w.faults.mu.Unlock()
+	<-settled
+	wantCollect(t, w, "discarded", mem.Page(1))
+}
+
 // What a process does with a page, at random.
 const (
 	doNothing = iota

@@ -47,8 +47,9 @@ func trackWorkloads(quick bool) []*workload {
 		}
 		all = add(all, workload{
 			name: fmt.Sprint("collect-", part), title: fmt.Sprintf("Collect 1 GiB, %g %% written", float64(part)/10), turns: 15,
-			client:  tracked(uffd.FeatureWPAsync, pages(gib), arg),
-			servers: both(true, arg, fmt.Sprint("rounds=", rounds))})
+			client: tracked(uffd.FeatureWPAsync, pages(gib), arg),
+			servers: with(both(true, arg, fmt.Sprint("rounds=", rounds)), server{name: "Pagemap.Scan",
+				handler: []string{"go", "tracker", arg, fmt.Sprint("rounds=", rounds), "scan=1"}, tracks: true})})
 	}
 	all = add(all, workload{name: "start", title: "Start tracking 1 GiB", turns: 15,
 		client: tracked(uffd.FeatureWPAsync, pages(gib)), servers: both(true, "rounds=0")})

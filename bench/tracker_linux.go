@@ -9,13 +9,15 @@ import (
 	"strings"
 	"time"
 
+	"github.com/go-uffd/uffd"
 	"github.com/go-uffd/uffd/track"
 )
 
 // A tracker is the Go counterpart of c/tracker.c, and takes snapshots, too.
 type tracker struct {
 	handler
-	part     int // of the pages is written, in thousandths
+	part     int  // of the pages is written, in thousandths
+	scan     bool // collect with Pagemap.Scan, not with Writes.Collect
 	sync     bool
 	snapshot bool
 }
@@ -31,6 +33,8 @@ func trackerMain(args []string) error {
 			t.part = number
 		case "rounds":
 			t.rounds = number
+		case "scan":
+			t.scan = number != 0
 		case "sync":
 			t.sync = number != 0
 		case "snapshot":
@@ -74,6 +78,16 @@ func (t *tracker) track() error {
 	if err := t.ready(); err != nil {
 		return err
 	}
+	collect := func() (uint64, error) { return written(w) }
+	if t.scan {
+		p, err := track.OpenPagemap(t.pid)
+		if err != nil {
+			return err
+		}
+		defer p.Close()
+		regions := make([]track.Region, 4096)
+		collect = func() (uint64, error) { return scan(p, t.memory, regions) }
+	}
 	var took []time.Duration
 	for range t.rounds {
 		if _, err := t.conn.Write([]byte("d")); err != nil {
@@ -83,12 +97,9 @@ func (t *tracker) track() error {
 			return err
 		}
 		begin := time.Now()
-		var bytes uint64
-		for r, err := range w.Collect() {
-			if err != nil {
-				return err
-			}
-			bytes += r.Len
+		bytes, err := collect()
+		if err != nil {
+			return err
 		}
 		took = append(took, time.Since(begin))
 		if pages := bytes / t.page; pages != t.memory.Len/t.page*uint64(t.part)/1000 {
@@ -107,6 +118,33 @@ func (t *tracker) track() error {
 	fmt.Println(n, total.Nanoseconds(), took[n/2].Nanoseconds(), took[n*99/100].Nanoseconds(),
 		took[n*999/1000].Nanoseconds(), took[n-1].Nanoseconds(), 0)
 	return t.end()
+}
+
+// written returns how many bytes were written since it was called last.
+func written(w *track.Writes) (bytes uint64, err error) {
+	for r, err := range w.Collect() {
+		if err != nil {
+			return 0, err
+		}
+		bytes += r.Len
+	}
+	return bytes, nil
+}
+
+// scan is written without an iterator: the loop of c/tracker.c.
+func scan(p *track.Pagemap, memory uffd.Range, regions []track.Region) (bytes uint64, err error) {
+	s := track.Scan{Range: memory, Mask: track.PageWritten, Return: track.PageWritten, Protect: true}
+	for s.Range.Len > 0 {
+		n, next, err := p.Scan(&s, regions)
+		if err != nil {
+			return 0, err
+		}
+		for _, r := range regions[:n] {
+			bytes += r.Range().Len
+		}
+		s.Range = s.Range.Skip(int64(next - s.Range.Start))
+	}
+	return bytes, nil
 }
 
 // takeSnapshot takes one while the other process goes on writing, and prints the

@@ -20,8 +20,9 @@ type collector struct {
 	running sync.Mutex
 	stopped atomic.Bool // what is found means nothing any more
 	buf     []Region
-	used    int      // of buf; the rest is zero
-	left    []Region // collected and not handed out yet
+	used    int // of buf; the rest is zero
+	found   int // of buf are collected
+	handed  int // of those are handed out
 }
 
 // loop returns the loop over a collection. One runs at a time. collect passes
@@ -64,7 +65,7 @@ func (c *collector) scan(s Scan, reset func([]Region) (int, error), yield body) 
 			done, failed := reset(c.buf[:n])
 			n, err = done, cmp.Or(failed, err)
 		}
-		c.left = c.buf[:n]
+		c.found, c.handed = n, 0
 		if !c.handOut(yield) {
 			return false, nil
 		}
@@ -78,12 +79,10 @@ func (c *collector) scan(s Scan, reset func([]Region) (int, error), yield body) 
 
 // handOut hands out what is left. It reports false if yield did.
 func (c *collector) handOut(yield body) bool {
-	i := 0
-	defer func() { c.left = c.left[i:] }()
-	for i < len(c.left) {
-		r := c.left[i].Range()
-		i++
-		if !yield(r, nil) {
+	left := c.buf[:c.found]
+	for i := c.handed; i < len(left); i++ {
+		c.handed = i + 1 // first, for yield need not return
+		if !yield(left[i].Range(), nil) {
 			return false
 		}
 	}

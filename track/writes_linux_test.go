@@ -640,6 +640,15 @@ func TestWritesOwn(t *testing.T) {
 		break
 	}
 	wantCollect(t, w, "the rest", m.span(58, 60))
+	m.write(3, 9)
+	m.write(58, 64)
+	func() {
+		defer func() { recover() }()
+		for range w.Collect() {
+			panic("in a loop")
+		}
+	}()
+	wantCollect(t, w, "the rest after a panic", m.span(58, 60))
 	m.write(0, 1)
 	wantCollect(t, w, "written", m.span(0, 1))
 }

@@ -25,7 +25,7 @@
 static uint64_t pages, rounds, threads, gap, page = 4096, op;
 static int sleeps, all, scatter, uffd;
 static char *mem, *second; // second: another mapping of it, or what to move
-static uint64_t *took;
+static uint64_t *took, *began, *ended; // of each access; of each thread
 static pthread_barrier_t start, stop;
 static uint64_t wrong;
 
@@ -99,7 +99,7 @@ static void *faulter(void *arg)
 	uint64_t t = (uintptr_t)arg, part = pages / threads;
 	for (uint64_t r = 0; r < rounds; r++) {
 		pthread_barrier_wait(&start);
-		uint64_t bad = 0, end = now();
+		uint64_t bad = 0, end = began[t] = now();
 		for (uint64_t n = t * part; n < (t + 1) * part; n++) {
 			uint64_t i = scatter ? n * 7919 % pages : n;
 			idle(end);
@@ -108,6 +108,7 @@ static void *faulter(void *arg)
 			end = now();
 			took[r * pages + n] = end - begin;
 		}
+		ended[t] = end;
 		__atomic_add_fetch(&wrong, bad, __ATOMIC_RELAXED);
 		pthread_barrier_wait(&stop);
 	}
@@ -119,6 +120,8 @@ static void measure(void)
 	uint64_t n = pages * rounds, total = 0;
 	took = calloc(n, sizeof *took);
 	memset(took, 1, n * sizeof *took); // so that it is there
+	began = calloc(threads, sizeof *began);
+	ended = calloc(threads, sizeof *ended);
 	pthread_barrier_init(&start, 0, threads + 1);
 	pthread_barrier_init(&stop, 0, threads + 1);
 	pthread_t ids[threads];
@@ -127,9 +130,14 @@ static void measure(void)
 	for (uint64_t r = 0; r < rounds; r++) {
 		renew();
 		pthread_barrier_wait(&start);
-		uint64_t begin = now();
 		pthread_barrier_wait(&stop);
-		total += now() - begin;
+		// This thread may have been woken long after the others had begun.
+		uint64_t first = began[0], last = ended[0];
+		for (uint64_t t = 1; t < threads; t++) {
+			first = began[t] < first ? began[t] : first;
+			last = ended[t] > last ? ended[t] : last;
+		}
+		total += last - first;
 	}
 	for (uint64_t t = 0; t < threads; t++)
 		pthread_join(ids[t], 0);

@@ -73,7 +73,7 @@ var hasProcessMain atomic.Bool
 // RLIMIT_NICE); what opening a source, Attach or Serve failed with, of which the
 // text and the errno are left; [*exec.ExitError] if the process died; the error
 // of ctx; errors.ErrUnsupported outside of Linux.
-func (p *Pager) ServeProcess(ctx context.Context, f *uffd.File, nice int, rs ...ProcessRegion) error {
+func (p *Pager) ServeProcess(ctx context.Context, f *uffd.File, nice int, rs ...ProcessRegion) (err error) {
 	if !hasProcessMain.Load() {
 		return errors.New("pager: ServeProcess starts this program again: call ProcessMain at the start of main")
 	}
@@ -81,25 +81,24 @@ func (p *Pager) ServeProcess(ctx context.Context, f *uffd.File, nice int, rs ...
 	if err != nil {
 		return fmt.Errorf("pager: starting a process: %w", err)
 	}
-	defer conn.Close()
+	defer func() { // also if ErrorHook ends the goroutine
+		conn.Close()
+		died := process.Wait()
+		for _, r := range rs {
+			f.Wake(r.Range)
+		}
+		switch {
+		case ctx.Err() != nil:
+			err = ctx.Err()
+		case died != nil:
+			err = fmt.Errorf("pager: the process that serves died: %w", errors.Join(died, err))
+		}
+	}()
 	defer context.AfterFunc(ctx, func() { conn.CloseWrite() })()
-
-	failure := p.instruct(ctx, conn, f, rs)
-	if failure == nil {
-		failure = p.listen(conn)
+	if err := p.instruct(ctx, conn, f, rs); err != nil {
+		return err
 	}
-	conn.Close()
-	died := process.Wait()
-	for _, r := range rs {
-		f.Wake(r.Range)
-	}
-	switch {
-	case ctx.Err() != nil:
-		return ctx.Err()
-	case died != nil:
-		return fmt.Errorf("pager: the process that serves died: %w", errors.Join(died, failure))
-	}
-	return failure
+	return p.listen(conn)
 }
 
 // An assignment is what the other process is to do.

@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"testing"
@@ -80,6 +81,19 @@ func imageFile(t *testing.T, pages int) string {
 // children returns the processes that this one started with ServeProcess.
 func children(t *testing.T) (pids []int) {
 	t.Helper()
+	for _, pid := range allChildren(t) {
+		environ, _ := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/environ")
+		if strings.Contains(string(environ), "UFFD_PAGER_PROCESS=") {
+			pids = append(pids, pid)
+		}
+	}
+	return pids
+}
+
+// allChildren lists the processes that this one has started, also those that have
+// exited and were not waited for.
+func allChildren(t *testing.T) (pids []int) {
+	t.Helper()
 	lists, err := filepath.Glob("/proc/self/task/*/children")
 	if err != nil || len(lists) == 0 {
 		t.Fatalf("no lists of children: %v", err)
@@ -87,11 +101,8 @@ func children(t *testing.T) (pids []int) {
 	for _, list := range lists {
 		content, _ := os.ReadFile(list)
 		for _, word := range strings.Fields(string(content)) {
-			environ, _ := os.ReadFile("/proc/" + word + "/environ")
-			if strings.Contains(string(environ), "UFFD_PAGER_PROCESS=") {
-				pid, _ := strconv.Atoi(word)
-				pids = append(pids, pid)
-			}
+			pid, _ := strconv.Atoi(word)
+			pids = append(pids, pid)
 		}
 	}
 	return pids
@@ -219,5 +230,29 @@ func TestServeProcessErrors(t *testing.T) {
 	page, ok := errors.AsType[*pager.PageError](reports[0])
 	if !ok || page.Page != mem.Page(0) || page.Action != pager.Zeros || !strings.Contains(page.Err.Error(), errInjected.Error()) {
 		t.Errorf("the report is %v", reports[0])
+	}
+}
+
+// An ErrorHook that ends the goroutine leaves neither a process nor a fault behind.
+func TestServeProcessGoexit(t *testing.T) {
+	proc := uffdtest.Start(t)
+	mem, f := mapped(t, proc, uffdtest.Anon, 1)
+	p := &pager.Pager{RetryFor: -1, OnFailure: pager.Hold, ErrorHook: func(*pager.Client, error) { runtime.Goexit() }}
+	before := len(allChildren(t))
+	over := make(chan error, 1)
+	go func() {
+		defer close(over)
+		over <- p.ServeProcess(t.Context(), f, 0, pager.ProcessRegion{Range: mem.Range, Source: "broken"})
+	}()
+	load := proc.Load(mem.Page(0).Start)
+	if err, returned := <-over; returned {
+		t.Fatalf("ServeProcess = %v, want no return", err)
+	}
+	if n := len(allChildren(t)); n != before {
+		t.Errorf("%d processes, want %d", n, before)
+	}
+	inProcess(t.Context(), new(pager.Pager), f, 0, mem, imageFile(t, 1))
+	if v := load.Value(); v != 1 {
+		t.Errorf("loaded %d, want 1", v)
 	}
 }

@@ -559,6 +559,33 @@ func TestBeforeWrite(t *testing.T) {
 	}
 }
 
+// withContinueWP came with ContinueWP (Linux 6.4), without which shared memory
+// cannot be mapped protected.
+const withContinueWP = uffd.FeatureWPUnpopulated
+
+// A kernel that cannot map shared memory protected is found out before a thread
+// waits.
+func TestBeforeWriteOfMemory(t *testing.T) {
+	uffdtest.Require(t, uffd.FeatureMinorShmem)
+	proc := uffdtest.Start(t)
+	mem := proc.Map(uffdtest.Shmem, 1)
+	f := proc.Open(nil)
+	r := region(mem, source.Zero(int64(mem.Len)))
+	r.Memory = attachMemory(t, proc, mem)
+	r.BeforeWrite = func(uffd.Range) {}
+	offered, err := uffd.Probe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = new(pager.Pager).Attach(f, r)
+	switch {
+	case offered.Has(withContinueWP) && err != nil:
+		t.Error(err)
+	case !offered.Has(withContinueWP) && !errors.Is(err, errors.ErrUnsupported):
+		t.Errorf("Attach = %v, want ErrUnsupported", err)
+	}
+}
+
 // Threads write to the same pages at the same time. When BeforeWrite is called for
 // the first time, the page is as it came.
 func TestNoWriteBefore(t *testing.T) {
@@ -568,7 +595,7 @@ func TestNoWriteBefore(t *testing.T) {
 			uffdtest.Require(t, uffd.FeaturePagefaultFlagWP)
 			kind, mode := uffdtest.Anon, uffd.RegisterMissing|uffd.RegisterWP
 			if from == "shared" {
-				uffdtest.Require(t, uffd.FeatureMinorShmem|uffd.FeatureWPHugetlbfsShmem)
+				uffdtest.Require(t, uffd.FeatureMinorShmem|uffd.FeatureWPHugetlbfsShmem|withContinueWP)
 				kind, mode = uffdtest.Shmem, mode|uffd.RegisterMinor
 			}
 			contents := image(kind, pages)

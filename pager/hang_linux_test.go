@@ -305,7 +305,9 @@ func TestRemovePartOfPage(t *testing.T) {
 			t.Errorf("page %d: %d bytes are not %d", i, n, want)
 		}
 	}
-	if b := s.Load(mem.Page(1).Start - 1).Value(); b != 0 {
+	// Old kernels (5.10) leave a part of a huge page in memory as it is.
+	major, _ := uffdtest.Kernel()
+	if b := s.Load(mem.Page(1).Start - 1).Value(); b != 0 && (major >= 6 || b != 1) {
 		t.Errorf("the part of a page that was there holds %d", b)
 	}
 	s.noErrors(t)

@@ -96,7 +96,7 @@ type Region struct {
 	// time; the thread waits meanwhile. Pages are installed write-protected
 	// then, and the memory must be registered for write protection. It can be
 	// called more than once for a page, and must return soon. A panic in it is
-	// reported, and the write goes on.
+	// reported, and the write goes on. Together with Memory it needs Linux 6.4.
 	BeforeWrite func(page uffd.Range)
 }
 
@@ -120,6 +120,9 @@ func (e *PageError) Unwrap() error { return e.Err }
 // client does not close it. From now on, until Close, only the client may read
 // from it. A thread whose fault was read before by somebody who did not resolve it
 // waits until it is woken: see [uffd.File.Wake].
+//
+// Errors: EINVAL if a region is not one, or overlaps another one;
+// [errors.ErrUnsupported] if the kernel cannot do what a region asks for.
 func (p *Pager) Attach(f *uffd.File, rs ...Region) (*Client, error) {
 	c := newClient(p, f)
 	for _, r := range rs {
@@ -158,6 +161,10 @@ func (c *Client) addRegion(r Region) error {
 	case r.Memory != nil && uint64(len(r.Memory)) != r.Range.Len:
 		return refuse("Memory has %d bytes", len(r.Memory))
 	}
+	if r.Memory != nil && r.BeforeWrite != nil && !hasContinueWP() {
+		return fmt.Errorf("pager: region %v: BeforeWrite of a region with Memory needs Linux %s: %w",
+			r.Range, continueWP.Since(), errors.ErrUnsupported)
+	}
 	for _, other := range c.loop.regions {
 		if overlap(other.Range, r.Range) {
 			return refuse("overlaps %v", other.Range)
@@ -182,6 +189,15 @@ func (c *Client) addRegion(r Region) error {
 	}
 	c.files = append(c.files, file)
 	return nil
+}
+
+// continueWP came with ContinueWP, which no feature tells of.
+const continueWP = uffd.FeatureWPUnpopulated
+
+// hasContinueWP reports false if the kernel is known to lack it.
+func hasContinueWP() bool {
+	offered, err := uffd.Probe()
+	return err != nil || offered.Has(continueWP)
 }
 
 // ErrShutdown is returned by Serve after Shutdown.

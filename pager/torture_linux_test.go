@@ -302,7 +302,7 @@ func TestTorture(t *testing.T) {
 			mode: uffd.RegisterMissing, clients: 1, threads: 4, pages: 64},
 		{name: "shmem, Memory", kind: uffdtest.Shmem, needs: uffd.FeatureMinorShmem, memory: true,
 			mode: uffd.RegisterMissing | uffd.RegisterMinor, clients: 1, threads: 4, pages: 64},
-		{name: "shmem, Memory, BeforeWrite", kind: uffdtest.Shmem, needs: uffd.FeatureMinorShmem | uffd.FeatureWPHugetlbfsShmem, memory: true,
+		{name: "shmem, Memory, BeforeWrite", kind: uffdtest.Shmem, needs: uffd.FeatureMinorShmem | uffd.FeatureWPHugetlbfsShmem | withContinueWP, memory: true,
 			mode: uffd.RegisterMissing | uffd.RegisterMinor | uffd.RegisterWP, clients: 1, threads: 4, pages: 64},
 		{name: "hugetlb-private", kind: uffdtest.HugetlbPrivate, needs: uffd.FeatureMissingHugetlbfs,
 			mode: uffd.RegisterMissing, clients: 1, threads: 2, pages: 6},
